@@ -1,0 +1,38 @@
+"""graphprune: a graph compiler that prunes PyTorch models.
+
+>>> import graphprune
+>>> small = graphprune.compile(model, 0.2)      # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from graphprune.errors import GraphPruneError
+
+if TYPE_CHECKING:
+    from graphprune.compiler import compile, inspect
+    from graphprune.io.folder import load, save
+    from graphprune.ir.plan import Plan
+    from graphprune.reporting import Report, report
+
+__version__ = "0.1.0"
+__all__ = ["GraphPruneError", "Plan", "Report", "compile", "inspect", "load", "report", "save"]
+
+# Imported on first use: `import graphprune` alone costs next to nothing.
+_HOME = {
+    "compile": "graphprune.compiler",
+    "inspect": "graphprune.compiler",
+    "load": "graphprune.io.folder",
+    "save": "graphprune.io.folder",
+    "Plan": "graphprune.ir.plan",
+    "Report": "graphprune.reporting",
+    "report": "graphprune.reporting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'graphprune' has no attribute {name!r}")

@@ -1,0 +1,185 @@
+"""``compile``: the pipeline, from a model and a ratio to a smaller model of the same class."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.inspection import Inspection
+from graphprune.ir.plan import Plan
+import graphprune.rules  # noqa: F401  (registers the rules)
+from graphprune.ir.program import Options, Program
+from graphprune.passes import pipelines
+from graphprune.passes.base import Pass, run_passes
+from graphprune.passes.replay_plan import replay_plan
+from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
+from graphprune.trace.inputs import example_inputs_for, normalise
+
+
+def compile(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    method: str = "magnitude",
+    data: Any = None,
+    tokenizer: Any = None,
+    example_inputs: Any = None,
+    plan: Plan | None = None,
+    ranking: str = "per-layer",
+    round_to: int = 1,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    skip_first: int = 0,
+    skip_last: int = 0,
+    inner_axes: bool = False,
+    samples: int = 32,
+    length: int = 128,
+    seed: int = 0,
+    verify: bool = True,
+    inplace: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> nn.Module:
+    """Remove ``ratio`` of all parameters of ``model`` and return a smaller dense model of the same class.
+
+    Traces the model, infers from the graph alone which weights belong together, scores every removal structure,
+    slices the least important away, and proves on a small batch that the result computes what the original computes
+    without the removed structures. The model is not changed (unless ``inplace``).
+
+    Args:
+        model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
+            is made real: the result is a smaller meta model.
+        ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
+        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (needs ``data``).
+        data: calibration texts, a list of str (with ``tokenizer``), or a list of dicts of tensors for forward.
+        tokenizer: turns a text into ``{"input_ids": [...]}``.
+        example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict. Their batch
+            and sequence sizes are best unlike any size in the model.
+        plan: a plan to replay instead of scoring; ``ratio`` and all choices below it are then not used.
+        ranking: ``"per-layer"`` (every axis shrinks by the same share) or ``"global"`` (scores compared over axes).
+        round_to: widths of weight dimensions stay multiples of this.
+        include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
+        skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
+        inner_axes: also prune inner factors of products, such as channels of every head.
+        samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
+        verify: run the oracle (see :mod:`graphprune.passes.verify`).
+        inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
+        progress: called with the name of every pass that starts.
+
+    Returns:
+        The pruned model: same class, dtype, device, requires_grad, train/eval state, tied weights, hooks.
+        :func:`graphprune.report` says what was done.
+
+    Raises:
+        GraphPruneError: for anything the user can act on; the model is then as it was.
+    """
+    start = time.perf_counter()
+    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last)
+    options = Options(
+        ratio=ratio,
+        method=method,
+        data=data,
+        tokenizer=tokenizer,
+        ranking=ranking,
+        round_to=round_to,
+        include=[include] if isinstance(include, str) else list(include),
+        exclude=[exclude] if isinstance(exclude, str) else list(exclude),
+        skip_first=skip_first,
+        skip_last=skip_last,
+        inner_axes=inner_axes,
+        seed=seed,
+        samples=samples,
+        length=length,
+        verify=verify,
+        inplace=inplace,
+    )
+    program = _program(model, options, example_inputs)
+    program.progress = progress
+    before = measure(model)
+    base_config = _base_config(model)
+    earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
+    seconds = run_passes(program, _pipeline(program, plan))
+    pruned = program.need("pruned")
+    report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
+    object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
+    return pruned
+
+
+def inspect(model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False) -> Inspection:
+    """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
+
+    ``print`` it to read it. ``example_inputs`` and ``inner_axes`` as in :func:`compile`.
+
+    Raises :class:`GraphPruneError` when the model cannot be traced.
+    """
+    _check_model(model)
+    program = _program(model, Options(inner_axes=inner_axes), example_inputs)
+    run_passes(program, pipelines.ANALYSE)
+    return Inspection(program)
+
+
+def _pipeline(program: Program, plan: Plan | None) -> tuple[Pass, ...]:
+    options = program.options
+    on_meta = any(parameter.is_meta for parameter in program.model.parameters())
+    if on_meta and options.method == "wanda-sp":
+        raise GraphPruneError("The model is on the meta device: there are no weights to run calibration data through.")
+    if on_meta and plan is None and options.method != "random":
+        raise GraphPruneError("The model is on the meta device, so there is nothing to score: use method='random'.")
+    front: tuple[Pass, ...] = pipelines.PLAN
+    if plan is not None:
+        front = (pipelines.PLAN[0], *pipelines.ANALYSE, replay_plan(plan), pipelines.PLAN[-1])
+    if on_meta or not options.verify:
+        return (*front, *pipelines.EMIT_UNVERIFIED)
+    return (*front, *(pipelines.EMIT_IN_PLACE if options.inplace else pipelines.EMIT))
+
+
+def _program(model: nn.Module, options: Options, example_inputs: Any) -> Program:
+    first = next(model.parameters(), None)
+    if first is None:
+        raise GraphPruneError(f"{type(model).__name__} has no parameters: there is nothing to prune.")
+    if example_inputs is None:
+        inputs = example_inputs_for(model, first.device, first.dtype)
+    else:
+        inputs = normalise(example_inputs)
+    return Program(model, inputs, options)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+
+
+def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_first: int, skip_last: int) -> None:
+    _check_model(model)
+    if plan is not None:
+        if not isinstance(plan, Plan):
+            raise GraphPruneError("plan must be a graphprune.Plan; Plan.from_json reads one.")
+        if ratio is not None:
+            raise GraphPruneError("Give a ratio or a plan, not both.")
+    elif not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < 1 or not math.isfinite(ratio):
+        raise GraphPruneError(f"ratio is parameters removed / all parameters, between 0 and 1 (both excluded), not {ratio!r}.")
+    if round_to < 1:
+        raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
+    if skip_first < 0 or skip_last < 0:
+        raise GraphPruneError("skip_first and skip_last count blocks and cannot be negative.")
+
+
+def _base_config(model: nn.Module) -> Any:
+    """The config as it was before the first pruning, for building the unpruned class again on loading."""
+    earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
+    if earlier is not None:
+        return earlier.base_config
+    return copy.deepcopy(getattr(model, "config", None))
+
+
+def measure(model: nn.Module) -> tuple[int, int]:
+    """(parameters, bytes) of a model, tied ones once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+
+

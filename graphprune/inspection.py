@@ -1,0 +1,73 @@
+"""The readable result of ``graphprune.inspect``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from graphprune.ir.program import NodeGroup, Program, describe_dims
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Inspection:
+    """The node groups of a traced model.
+
+    Attributes:
+        groups: every basic node group (:class:`graphprune.ir.program.NodeGroup`).
+        prunable: those that may lose indices, in the order of the model.
+        skipped: name of every other group → why not.
+        unruled: operator without a usable rule → the source lines it pinned.
+    """
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.groups: list[NodeGroup] = program.need("groups")
+        self.prunable: list[NodeGroup] = program.need("prunable")
+        self.skipped: dict[str, str] = program.need("skipped")
+        self.unruled: dict[str, list[str]] = program.need("axes").unruled
+
+    def dims(self, tensor: str) -> list[str]:
+        """What each dimension of a parameter or buffer is made of, in names of groups."""
+        axes = self.program.need("axes")
+        return describe_dims(self.program, axes.tensors[axes.canonical[tensor]])
+
+    def prunable_share(self) -> float:
+        """Share of all parameters that lie on at least one prunable axis."""
+        parameters = dict(self.program.model.named_parameters())
+        on = {m.tensor for group in self.prunable for m in group.members if m.tensor in parameters}
+        return sum(parameters[name].numel() for name in on) / sum(p.numel() for p in parameters.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{type(self.program.model).__name__}: {len(self.groups)} node groups, {len(self.prunable)} prunable, "
+            f"{self.prunable_share():.1%} of the parameters on prunable axes"
+        ]
+        lines += ["", "Prunable:"] + self._folded(self.prunable, lambda group: "")
+        others = [group for group in self.groups if group.name in self.skipped]
+        lines += ["", "Left alone:"] + self._folded(others, lambda group: self.skipped[group.name])
+        if self.unruled:
+            lines += ["", "Operators without a rule, and what they pinned:"]
+            for name, places in self.unruled.items():
+                lines.append(f"  {name}: {len(places)}×, first at {places[0]}")
+        return "\n".join(lines)
+
+    def _folded(self, groups: list[NodeGroup], reason: Any) -> list[str]:
+        """Groups that differ only in their block number are shown once, with a count."""
+        folded: dict[tuple, list[NodeGroup]] = {}
+        for group in groups:
+            key = (
+                _NUMBER.sub("*", group.name),
+                group.size,
+                _NUMBER.sub("*", reason(group)),
+                tuple(dict.fromkeys(_NUMBER.sub("*", str(m)) for m in group.members)),
+            )
+            folded.setdefault(key, []).append(group)
+        lines = []
+        for (name, size, why, members), same in folded.items():
+            times = f"  ×{len(same)}" if len(same) > 1 else ""
+            lines.append(f"  {name}  size {size}{times}" + (f"  [{why}]" if why else ""))
+            lines += [f"      {member}" for member in members[:12]]
+            if len(members) > 12:
+                lines.append(f"      … {len(members) - 12} more")
+        return lines

@@ -1,0 +1,82 @@
+"""The plan: which indices of which axes stay. Plain data, independent of weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from graphprune.errors import GraphPruneError
+
+FORMAT = 1
+
+
+@dataclass
+class Plan:
+    """What to keep and why the rest was left alone.
+
+    Attributes:
+        ratio: parameters removed / all parameters that this plan reaches, in [0, 1).
+        keep: name of a pruned axis → its kept indices, sorted, never empty. Axes not named are kept whole.
+        sizes: name of every axis in ``keep`` → its size before.
+        skipped: name of every axis left alone → the reason.
+        method: how the plan was made.
+    """
+
+    ratio: float
+    keep: dict[str, list[int]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    method: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kept in self.keep.items():
+            size = self.sizes.get(name)
+            if size is None:
+                raise GraphPruneError(f"The plan keeps indices of {name!r} but does not say its size.")
+            in_order = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            if not kept or not in_order or kept[0] < 0 or kept[-1] >= size:
+                raise GraphPruneError(
+                    f"The plan for {name!r} must keep a sorted, non-empty list of indices below {size}, each once."
+                )
+
+    def to_json(self) -> str:
+        """The plan as JSON text with stable order, so that plans can be compared as text."""
+        data = {
+            "format": FORMAT,
+            "method": self.method,
+            "ratio": self.ratio,
+            "axes": {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()},
+            "skipped": self.skipped,
+        }
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote. Raises :class:`GraphPruneError` for anything else."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise GraphPruneError(f"This is no plan: it is not JSON ({error}).") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """A plan from parsed JSON; every field is checked."""
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            raise GraphPruneError(f"This is no plan of format {FORMAT}.")
+        try:
+            axes = data["axes"]
+            keep = {str(name): [_index(i) for i in axis["keep"]] for name, axis in axes.items()}
+            sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
+            skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
+            return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no index")
+    return value

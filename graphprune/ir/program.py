@@ -1,0 +1,162 @@
+"""What the compiler passes work on: the model, and everything found out about it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphprune.ir.axes import Axis, describe, expand_mask, find, leaves
+from graphprune.ir.plan import Plan
+from graphprune.ir.sizes import Polynomial
+from graphprune.rules.registry import Dims, Facts
+from graphprune.trace.export import Trace
+from graphprune.trace.inputs import Inputs
+from graphprune.trace.provenance import Attribute
+
+
+@dataclass
+class AxisMap:
+    """The axes of every tensor of a traced model.
+
+    ``values`` has the dims of every node (a list of dims for several outputs), ``tensors`` those of every distinct
+    parameter and buffer under its canonical name, ``canonical`` every name of a tied tensor → that name.
+    ``unruled`` counts, per operator without a usable rule, the source lines it pinned.
+    """
+
+    values: dict[fx.Node, Any]
+    tensors: dict[str, Dims]
+    canonical: dict[str, str]
+    facts: Facts
+    unruled: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one parameter or buffer on an axis. ``consumes`` if it is summed away there."""
+
+    tensor: str
+    dim: int
+    consumes: bool
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.dim}]"
+
+
+@dataclass
+class NodeGroup:
+    """A basic node group: one leaf axis and all that must go together with it.
+
+    ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
+    channel), False for an inner factor (a channel *of every* head).
+    """
+
+    name: str
+    axis: Axis
+    members: list[Member]
+    operators: list[fx.Node]
+    outer: bool
+    modules: list[str]
+
+    @property
+    def size(self) -> int:
+        return self.axis.size
+
+    @property
+    def pins(self) -> list[str]:
+        return [str(pin) for pin in find(self.axis).pins]
+
+
+@dataclass
+class Options:
+    """What the user asked for; see :func:`graphprune.compile`."""
+
+    ratio: float | None = None
+    method: str = "magnitude"
+    data: Any = None
+    tokenizer: Any = None
+    ranking: str = "per-layer"
+    round_to: int = 1
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    skip_first: int = 0
+    skip_last: int = 0
+    inner_axes: bool = False
+    seed: int = 0
+    samples: int = 32
+    length: int = 128
+    verify: bool = True
+    inplace: bool = False
+
+
+@dataclass
+class Program:
+    """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own."""
+
+    model: nn.Module
+    inputs: Inputs
+    options: Options
+    trace: Trace | None = None
+    axes: AxisMap | None = None
+    attributes: dict[Attribute, Polynomial] | None = None
+    groups: list[NodeGroup] | None = None
+    prunable: list[NodeGroup] | None = None
+    skipped: dict[str, str] | None = None
+    scores: dict[str, torch.Tensor] | None = None
+    order: list[tuple[str, int]] | None = None
+    plan: Plan | None = None
+    pruned: nn.Module | None = None
+    new_attributes: dict[Attribute, int] | None = None
+    oracle_error: float | None = None
+    progress: Callable[[str], None] | None = None
+
+    def group_named(self, name: str) -> NodeGroup:
+        return next(group for group in self.need("groups") if group.name == name)
+
+    def need(self, name: str) -> Any:
+        """A field that an earlier pass must have set."""
+        value = getattr(self, name)
+        if value is None:
+            raise AssertionError(f"{name} is not there yet: a pass that ensures it has to run first")
+        return value
+
+    def axis_name(self, axis: Axis) -> str:
+        """The name of a leaf's group with its size, or its bare size when no parameter is on it."""
+        names = {find(group.axis): group.name for group in self.groups or []}
+        found = names.get(find(axis))
+        return found if found is not None else str(axis.size)
+
+    def keep_masks(self) -> dict[Axis, torch.Tensor]:
+        """Leaf → boolean keep-mask of shape ``(size,)``, for every axis that the plan prunes."""
+        plan: Plan = self.need("plan")
+        masks = {}
+        for group in self.need("groups"):
+            if group.name in plan.keep:
+                mask = torch.zeros(group.size, dtype=torch.bool)
+                mask[torch.tensor(plan.keep[group.name])] = True
+                masks[find(group.axis)] = mask
+        return masks
+
+    def new_size(self, masks: dict[Axis, torch.Tensor]) -> Callable[[Axis], int]:
+        """Leaf → its size under the plan."""
+
+        def size(axis: Axis) -> int:
+            mask = masks.get(find(axis))
+            return axis.size if mask is None else int(mask.sum())
+
+        return size
+
+
+def dim_mask(axis: Axis, masks: dict[Axis, torch.Tensor]) -> torch.Tensor | None:
+    """The keep-mask of a dimension, shape ``(axis.size,)``, or None when all of it is kept."""
+    if not any(leaf in masks for leaf in leaves(axis)):
+        return None
+    return expand_mask(axis, masks.get)
+
+
+def describe_dims(program: Program, dims: Dims) -> list[str]:
+    """Each dimension as an expression of group names."""
+    return [describe(axis, program.axis_name) for axis in dims]

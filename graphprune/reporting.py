@@ -1,0 +1,96 @@
+"""What a compile did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.plan import Plan
+from graphprune.ir.program import Program
+from graphprune.trace.provenance import Attribute
+
+REPORT_ATTRIBUTE = "_graphprune_report"
+
+
+@dataclass
+class Report:
+    """What was done to a pruned model.
+
+    Attributes:
+        parameters_before, parameters_after: number of parameters, tied ones once.
+        bytes_before, bytes_after: what they take.
+        ratio: parameters removed / parameters before.
+        plan: what was kept; replay it with ``compile(model, plan=...)``.
+        oracle_error: largest difference between the pruned model and the masked original, relative to the largest
+            output; None if it was not verified.
+        skipped: axis → why it was left alone.
+        widths: pruned axis → (size before, size after).
+        attributes: integer attribute → new value, over all prunings so far.
+        seconds: pass → seconds. total_seconds: of the whole call.
+        history: the reports of earlier prunings of the same model, oldest first.
+        base_config: the Hugging Face config before the first pruning, or None.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    plan: Plan
+    oracle_error: float | None
+    skipped: dict[str, str]
+    widths: dict[str, tuple[int, int]]
+    attributes: dict[Attribute, int]
+    seconds: dict[str, float]
+    total_seconds: float
+    history: list[Report]
+    base_config: Any
+
+    @property
+    def ratio(self) -> float:
+        return 1 - self.parameters_after / self.parameters_before
+
+    def __str__(self) -> str:
+        proof = "not verified" if self.oracle_error is None else f"oracle error {self.oracle_error:.1e}"
+        return (
+            f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
+            f"{len(self.widths)} axes pruned, {len(self.skipped)} left alone, {proof}, {self.total_seconds:.1f} s"
+        )
+
+
+def make_report(
+    program: Program,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    seconds: dict[str, float],
+    total_seconds: float,
+    base_config: Any,
+    earlier: Report | None,
+) -> Report:
+    """Collect the report of a finished program."""
+    plan: Plan = program.need("plan")
+    return Report(
+        parameters_before=before[0],
+        parameters_after=after[0],
+        bytes_before=before[1],
+        bytes_after=after[1],
+        plan=plan,
+        oracle_error=program.oracle_error,
+        skipped=dict(program.need("skipped")),
+        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        attributes={**(earlier.attributes if earlier else {}), **program.need("new_attributes")},
+        seconds=seconds,
+        total_seconds=total_seconds,
+        history=[*earlier.history, earlier] if earlier else [],
+        base_config=base_config,
+    )
+
+
+def report(model: nn.Module) -> Report:
+    """What :func:`graphprune.compile` did to ``model``. Raises :class:`GraphPruneError` if it did nothing."""
+    found = getattr(model, REPORT_ATTRIBUTE, None)
+    if found is None:
+        raise GraphPruneError(f"This {type(model).__name__} was not made by graphprune.compile or graphprune.load.")
+    return found

@@ -1,0 +1,33 @@
+"""Axis rules, one small function per ATen operator, one file per family. Importing this package registers them all."""
+
+from graphprune.rules import (
+    attention,
+    convolution,
+    factories,
+    indexing,
+    linear,
+    normalisation,
+    pointwise,
+    reductions,
+    views,
+)
+from graphprune.rules.registry import Contraction, Dims, Facts, Rule, SizeUse, find_rule, rule
+
+__all__ = [
+    "Contraction",
+    "Dims",
+    "Facts",
+    "Rule",
+    "SizeUse",
+    "attention",
+    "convolution",
+    "factories",
+    "find_rule",
+    "indexing",
+    "linear",
+    "normalisation",
+    "pointwise",
+    "reductions",
+    "rule",
+    "views",
+]

@@ -1,0 +1,94 @@
+"""Contractions with a weight or between activations: a removed index drops its term of the sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from graphprune.rules.registry import Dims, Rule, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear)
+def linear(r: Rule, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
+    """``y[..., o] = Σ_i x[..., i] · weight[o, i] + bias[o]``"""
+    r.same(x[-1], weight[1])
+    r.contract(0, -1, weight=(1, 1))
+    if bias is not None:
+        r.same(weight[0], bias[0])
+    return (*x[:-1], weight[0])
+
+
+@rule(aten.matmul, aten.mm, aten.bmm)
+def matmul(r: Rule, x: Dims, y: Dims) -> Dims:
+    """``z[..., m, n] = Σ_k x[..., m, k] · y[..., k, n]``, batch dimensions broadcast."""
+    inner = -1 if len(y) == 1 else -2
+    r.same(x[-1], y[inner])
+    r.contract(0, -1, weight=(1, inner))
+    batch = r.broadcast(x[:-2], y[:-2])
+    rows = x[-2:-1]
+    columns = y[-1:] if len(y) > 1 else ()
+    return (*batch, *rows, *columns)
+
+
+@rule(aten.dot, aten.mv)
+def dot(r: Rule, x: Dims, y: Dims) -> Dims:
+    r.same(x[-1], y[0])
+    r.contract(0, -1)
+    return x[:-1]
+
+
+@rule(aten.addmm, aten.baddbmm)
+def addmm(r: Rule, bias: Dims, x: Dims, y: Dims, **scales: Any) -> Dims:
+    """``bias + x @ y``: the form of a linear that keeps its weight as (in, out)."""
+    r.same(x[-1], y[-2])
+    r.contract(1, -1, weight=(2, -2))
+    batch = r.broadcast(x[:-2], y[:-2])
+    return r.broadcast((*batch, x[-2], y[-1]), bias)
+
+
+@rule(aten.outer)
+def outer(r: Rule, x: Dims, y: Dims) -> Dims:
+    return (x[0], y[0])
+
+
+@rule(aten.einsum)
+def einsum(r: Rule, equation: str, operands: list[Dims], **options: Any) -> Dims | None:
+    """Each letter is one axis; a letter missing on the right is summed away."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not arrow or "." in equation:
+        return None
+    axis_of: dict[str, Any] = {}
+    for term, dims in zip(terms, operands, strict=True):
+        for letter, axis in zip(term, dims, strict=True):
+            if axis.size == 1 and letter in axis_of:
+                continue
+            if letter in axis_of and axis_of[letter].size != 1:
+                r.same(axis_of[letter], axis)
+            else:
+                axis_of[letter] = axis
+    for letter, axis in axis_of.items():
+        if letter not in right:
+            r.pin(axis, "summed away by einsum")  # its operand sits in a list, where the oracle cannot mask it
+    return tuple(axis_of[letter] for letter in right)
+
+
+@rule(aten.embedding)
+def embedding(r: Rule, weight: Dims, indices: Dims, *options: Any, **more: Any) -> Dims:
+    r.pin(weight[0], "looked up by index")
+    return (*indices, weight[1])
+
+
+@rule(aten.bilinear)
+def bilinear(r: Rule, x: Dims, y: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
+    """``z[..., o] = Σ_ij x[..., i] · weight[o, i, j] · y[..., j] + bias[o]``"""
+    r.same(x[-1], weight[1])
+    r.same(y[-1], weight[2])
+    r.contract(0, -1)
+    r.contract(1, -1)
+    if bias is not None:
+        r.same(weight[0], bias[0])
+    return (*r.broadcast(x[:-1], y[:-1]), weight[0])

@@ -1,0 +1,311 @@
+"""nn.Module → graph: ``torch.export`` on a skeleton of the model, so that no weight is touched or copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from graphprune.errors import GraphPruneError
+from graphprune.trace.inputs import Inputs
+from graphprune.trace.provenance import (
+    META_KEY,
+    Call,
+    Escape,
+    SizeInt,
+    SizeRecorder,
+    TensorArg,
+    preserved_annotations,
+    wrap_sizes,
+)
+from graphprune.trace.skeleton import copy_structure, names
+
+_ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
+_LIBRARY = ("/torch/", "/graphprune/trace/", "/torch\\")
+
+
+@dataclass
+class Trace:
+    """A traced model.
+
+    ``module`` runs the model: its placeholders are, in order, the parameters, buffers and constants in
+    ``tensor_names`` (placeholder → name in the model), and the tensors in ``inputs``. ``sized_args`` holds the
+    arguments of every node with :class:`SizeInt` where an integer's source is known.
+    """
+
+    module: fx.GraphModule
+    tensor_names: dict[str, str]
+    constants: dict[str, torch.Tensor]
+    inputs: list[torch.Tensor]
+    input_names: list[str]
+    outputs: list[fx.Node]
+    sized_args: dict[fx.Node, tuple[tuple, dict]]
+    call_outputs: dict[int, fx.Node]
+    escapes: list[Escape] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module whose forward made ``node``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return str(path).removeprefix(_ENTRY).lstrip(".")
+
+
+def source_line(node: fx.Node) -> str:
+    """``modeling_x.py:123 in forward (layers.0.mlp)``: where in the user's code ``node`` comes from."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
+    where = "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
+    path = module_path(node)
+    return f"{where} {path}".strip()
+
+
+def output_tensors(out: Any) -> list[torch.Tensor]:
+    """Every tensor in what a forward returned, in a fixed order: tuples, mappings, dataclasses, nested."""
+    if isinstance(out, torch.Tensor):
+        return [out]
+    if isinstance(out, Mapping):
+        return [t for value in out.values() for t in output_tensors(value)]
+    if isinstance(out, (tuple, list)):
+        return [t for value in out for t in output_tensors(value)]
+    if dataclasses.is_dataclass(out):
+        return [t for f in dataclasses.fields(out) for t in output_tensors(getattr(out, f.name))]
+    return []
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    stash = [(module, kind, dict(getattr(module, kind))) for module in model.modules() for kind in kinds]
+    for module, kind, _ in stash:
+        getattr(module, kind).clear()
+    try:
+        yield
+    finally:
+        for module, kind, hooks in stash:
+            getattr(module, kind).update(hooks)
+
+
+class _Entry(nn.Module):
+    """The model with tensors in and tensors out; everything else is bound here."""
+
+    def __init__(self, model: nn.Module, spec: Any, leaves: list[Any], recorder: SizeRecorder):
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.leaves = leaves
+        self.recorder = recorder
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        given = iter(tensors)
+        for i, tensor in enumerate(tensors):
+            self.recorder.know(tensor, f"input{i}")
+        for name, tensor in names(self.model).items():
+            self.recorder.know(tensor, name)
+        leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with self.recorder:
+            out = self.model(*args, **kwargs)
+        found = output_tensors(out)
+        if not found:
+            raise GraphPruneError(f"{type(self.model).__name__}.forward returns no tensor: there is nothing to keep.")
+        return found
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Trace:
+    """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
+
+    ``inputs`` are real or meta tensors; nothing is computed with them. The model is not touched: what is traced is
+    a structural copy that shares its weights, in eval mode and without hooks.
+
+    Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
+    """
+    recorder = SizeRecorder()
+    skeleton = copy_structure(model).eval()
+    wrap_sizes(skeleton, recorder)
+    leaves, spec = tree_flatten(inputs)
+    given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    entry = _Entry(skeleton, spec, leaves, recorder)
+    try:
+        with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(entry, tuple(given), strict=False)
+    except GraphPruneError:
+        raise
+    except Exception as error:
+        raise _explain(model, error) from error
+    return _read(program, recorder, given)
+
+
+def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _LIBRARY)]
+    frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
+    last = frames[-1] if frames else None
+    where = f"{last.filename}:{last.lineno} in {last.name}: {last.line}" if last else "unknown line"
+    text = str(error).strip().split("\n")[0][:300]
+    name = type(model).__name__
+    kind = type(error).__name__
+    if "DataDependent" in kind or "data-dependent" in str(error).lower() or "unbacked" in str(error).lower():
+        return GraphPruneError(
+            f"{name}.forward takes a branch or a size from the values of a tensor, at {where}. A graph cannot hold "
+            f"that: make the choice outside of forward, or from shapes. ({kind}: {text})"
+        )
+    if isinstance(error, TypeError) and "argument" in str(error):
+        return GraphPruneError(f"{name}.forward did not accept the example inputs: {text}. Pass example_inputs=.")
+    return GraphPruneError(f"{name} could not be traced, at {where}. ({kind}: {text})")
+
+
+def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor]) -> Trace:
+    tensor_names, constants, input_names = {}, {}, []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            tensor_names[name] = str(spec.target).removeprefix(f"{_ENTRY}.")
+        elif spec.kind is InputKind.USER_INPUT:
+            input_names.append(name)
+        else:
+            constant = program.constants[str(spec.target)]
+            if not isinstance(constant, torch.Tensor):
+                raise GraphPruneError(f"forward uses an object that is no tensor, {spec.target!r}: cannot be traced.")
+            constants[name] = constant
+    by_name = {node.name: node for node in program.graph.nodes}
+    outputs = [
+        by_name[spec.arg.name] for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    sized_args, call_outputs, unmatched = _match_calls(program.graph, recorder.calls)
+    return Trace(
+        module=program.graph_module,
+        tensor_names=tensor_names,
+        constants=constants,
+        inputs=given,
+        input_names=input_names,
+        outputs=outputs,
+        sized_args=sized_args,
+        call_outputs=call_outputs,
+        escapes=[*recorder.escapes, *unmatched],
+    )
+
+
+def _match_calls(
+    graph: fx.Graph, calls: dict[int, Call]
+) -> tuple[dict[fx.Node, tuple[tuple, dict]], dict[int, fx.Node], list[Escape]]:
+    """Put the :class:`SizeInt` of every recorded torch call back into the arguments of the nodes it made."""
+    made: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        number = (node.meta.get("custom") or {}).get(META_KEY)
+        if node.op == "call_function" and number is not None and "val" in node.meta:
+            made.setdefault(number, []).append(node)
+    sized: dict[fx.Node, tuple[tuple, dict]] = {}
+    outputs: dict[int, fx.Node] = {}
+    unmatched: list[Escape] = []
+    for number, nodes in made.items():
+        outputs[number] = [n for n in nodes if "getitem" not in n.name][-1] if len(nodes) > 1 else nodes[0]
+        call = calls.get(number)
+        if call is None:
+            continue
+        sizes = _Sizes(call)
+        for node in nodes:
+            sized[node] = sizes.put_into(node)
+        unmatched += [Escape(size.expr, source_line(nodes[-1])) for size in sizes.left_over()]
+    return sized, outputs, unmatched
+
+
+class _Sizes:
+    """The integers of one torch call, to be matched, in order and by value, with those of its nodes."""
+
+    def __init__(self, call: Call):
+        self.is_index = call.name in ("__getitem__", "__setitem__")
+        self.slices = _slices(call) if self.is_index else []
+        self.ints = [] if self.is_index else _ints((call.args, call.kwargs))
+        self.used: set[int] = set()
+
+    def put_into(self, node: fx.Node) -> tuple[tuple, dict]:
+        if self.is_index:
+            return self._put_into_slice(node)
+        position = 0
+
+        def match(value: Any) -> Any:
+            nonlocal position
+            if isinstance(value, (tuple, list)):
+                return [match(item) for item in value]
+            if type(value) is not int:
+                return value
+            for i in range(position, len(self.ints)):
+                if self.ints[i] == value:
+                    position = i + 1
+                    self.used.add(id(self.ints[i]))
+                    return self.ints[i]
+            return value
+
+        args = tuple(match(a) for a in node.args)
+        return args, {key: match(value) for key, value in node.kwargs.items()}
+
+    def _put_into_slice(self, node: fx.Node) -> tuple[tuple, dict]:
+        args = list(node.args)
+        if node.target is torch.ops.aten.slice.Tensor:
+            rank = node.meta["val"].ndim
+            for i, (dim, item) in enumerate(self.slices):
+                if dim == args[1] % rank and all(
+                    bound is None or int(bound) == args[place]
+                    for place, bound in ((2, item.start), (3, item.stop))
+                    if place < len(args)
+                ):
+                    for place, bound in ((2, item.start), (3, item.stop)):
+                        if isinstance(bound, SizeInt) and place < len(args):
+                            args[place] = bound
+                            self.used.add(id(bound))
+                    del self.slices[i]
+                    break
+        return tuple(args), dict(node.kwargs)
+
+    def left_over(self) -> list[SizeInt]:
+        bounds = [bound for _, item in self.slices for bound in (item.start, item.stop)]
+        return [s for s in (*self.ints, *bounds) if isinstance(s, SizeInt) and id(s) not in self.used]
+
+
+def _ints(tree: Any) -> list[int]:
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return [i for item in tree for i in _ints(item)]
+    return [tree] if isinstance(tree, int) and not isinstance(tree, bool) else []
+
+
+def _slices(call: Call) -> list[tuple[int, slice]]:
+    """The slices of an indexing call with the dimension each applies to when its node is made."""
+    tensor, index = call.args[0], call.args[1]
+    items = index if isinstance(index, tuple) else (index,)
+
+    def width(item: Any) -> int:  # how many dimensions of the tensor an index consumes
+        if item is None or item is Ellipsis or isinstance(item, bool):
+            return 0
+        return item.ndim if isinstance(item, TensorArg) and item.is_bool else 1
+
+    dim, out = 0, []
+    for item in items:
+        if item is Ellipsis:
+            dim += tensor.ndim - sum(width(other) for other in items)
+        elif isinstance(item, slice):
+            out.append((dim, item))
+            dim += 1
+        elif item is None or isinstance(item, (TensorArg, bool)):
+            dim += 1
+    return out

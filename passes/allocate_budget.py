@@ -1,0 +1,43 @@
+"""Scores → one order over all removal structures: what goes first, over the whole model."""
+
+from __future__ import annotations
+
+import torch
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.program import Program
+from graphprune.passes.base import compiler_pass
+
+
+def _rank_within(values: torch.Tensor) -> torch.Tensor:
+    """Per layer: the share of the axis that scores lower. Every axis then shrinks by the same share."""
+    rank = torch.empty_like(values)
+    rank[values.argsort(stable=True)] = torch.arange(len(values), dtype=values.dtype) + 0.5
+    return rank / len(values)
+
+
+def _relative_to_mean(values: torch.Tensor) -> torch.Tensor:
+    """Global: the score over the mean score of its axis, so that axes of different kinds can be compared."""
+    mean = values.mean()
+    return values / mean if mean > 0 else torch.zeros_like(values)
+
+
+RANKINGS = {"per-layer": _rank_within, "global": _relative_to_mean}
+
+
+@compiler_pass(requires=("scores",), ensures=("order",))
+def allocate_budget(program: Program) -> None:
+    """Order all structures by ``ranking``; ties keep the order of the model."""
+    ranking = program.options.ranking
+    if ranking not in RANKINGS:
+        raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
+    scores: dict[str, torch.Tensor] = program.need("scores")
+    names = list(scores)
+    if not names:
+        program.order = []
+        return
+    keys = torch.cat([RANKINGS[ranking](scores[name].double()) for name in names])
+    owner = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
+    index = torch.cat([torch.arange(len(scores[name])) for name in names])
+    chosen = keys.argsort(stable=True)
+    program.order = [(names[o], i) for o, i in zip(owner[chosen].tolist(), index[chosen].tolist(), strict=True)]

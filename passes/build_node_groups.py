@@ -1,0 +1,83 @@
+"""Axes → basic node groups: for every leaf axis, all parameter dimensions and operators that go together with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from graphprune.ir.axes import Axis, factors, find, leaves, parts
+from graphprune.ir.program import AxisMap, Member, NodeGroup, Program
+from graphprune.passes.base import compiler_pass
+from graphprune.rules.registry import Dims
+
+
+@compiler_pass(requires=("axes", "attributes"), ensures=("groups",))
+def build_node_groups(program: Program) -> None:
+    """One group per leaf axis that a parameter or buffer lies on, in the order of the parameters.
+
+    A group is named by its first parameter dimension, with the place of the leaf when there are several:
+    ``mlp.up_proj.weight[0]``, ``self_attn.q_proj.weight[0].1``.
+    """
+    axes: AxisMap = program.need("axes")
+    consumed = _consumed(program)
+    parameters = dict(program.model.named_parameters())
+    groups: dict[Axis, NodeGroup] = {}
+    ordered = sorted(axes.tensors, key=lambda name: name not in parameters)  # buffers last
+    for tensor in ordered:
+        for dim, axis in enumerate(axes.tensors[tensor]):
+            below = list(dict.fromkeys(leaves(axis)))
+            outermost = set(outer_leaves(axis))
+            for place, leaf in enumerate(below):
+                if leaf.size == 1 and len(below) > 1:
+                    continue
+                group = groups.get(leaf)
+                if group is None:
+                    suffix = f".{place}" if len(below) > 1 else ""
+                    group = groups[leaf] = NodeGroup(f"{tensor}[{dim}]{suffix}", leaf, [], [], True, [])
+                group.members.append(Member(tensor, dim, (tensor, dim) in consumed))
+                if tensor in parameters and leaf not in outermost:
+                    group.outer = False
+    for group in groups.values():
+        group.modules = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in group.members))
+    for node, dims in axes.values.items():
+        if node.op == "call_function":
+            for leaf in _leaves_of(dims):
+                if leaf in groups:
+                    groups[leaf].operators.append(node)
+    program.groups = list(groups.values())
+
+
+def outer_leaves(axis: Axis) -> Iterator[Axis]:
+    """The leaves of ``axis`` that are no inner factor of a product: removing one index removes one whole run."""
+    first = factors(axis)[0]
+    if first.kind == "leaf":
+        yield first
+    else:
+        for part in parts(first):
+            yield from outer_leaves(part)
+
+
+def _leaves_of(dims: Dims | list[Dims] | None) -> set[Axis]:
+    if isinstance(dims, list):
+        return {leaf for one in dims for leaf in _leaves_of(one)}
+    return {find(leaf) for axis in dims or () for leaf in leaves(axis)}
+
+
+def _consumed(program: Program) -> set[tuple[str, int]]:
+    """Parameter dimensions that a contraction sums away: columns, the secondary dimensions of rewriting."""
+    return {(tensor, dim) for _, tensor, dim in weight_contractions(program)}
+
+
+def weight_contractions(program: Program) -> Iterator[tuple[fx.Node, str, int]]:
+    """Every contraction with a parameter, as (node, canonical parameter name, its contracted dimension ≥ 0)."""
+    trace, axes = program.need("trace"), program.need("axes")
+    for contraction in axes.facts.contractions:
+        if contraction.weight is None:
+            continue
+        arg, dim = contraction.weight
+        weight = contraction.node.args[arg]
+        name = trace.tensor_names.get(weight.name) if isinstance(weight, fx.Node) else None
+        if name is not None:
+            name = axes.canonical[name]
+            yield contraction.node, name, dim % len(axes.tensors[name])

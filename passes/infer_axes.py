@@ -1,0 +1,162 @@
+"""Type inference for dimensions: give every dimension of every tensor its axis by running the rules over the graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.ir.axes import Misaligned, Pin, pin
+from graphprune.ir.program import AxisMap, Program
+from graphprune.passes.base import compiler_pass
+from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, dims_of, find_rule
+from graphprune.trace.export import Trace, source_line
+from graphprune.trace.provenance import SizeInt
+from graphprune.trace.skeleton import names
+
+# What a rule may raise when it meets a form of its operator that it cannot read; the operator then counts as unknown.
+_UNREADABLE = (TypeError, ValueError, IndexError, KeyError, AttributeError, Misaligned)
+
+
+@compiler_pass(requires=("trace",), ensures=("axes",))
+def infer_axes(program: Program) -> None:
+    """Run every operator's rule; pin inputs, outputs, constants, and all that an operator without a rule touches."""
+    found: Trace = program.need("trace")
+    canonical, tensors = _tensor_dims(program)
+    axes = AxisMap({}, tensors, canonical, Facts())
+    for node in found.graph.nodes:
+        if node.op == "placeholder":
+            axes.values[node] = _placeholder(found, axes, node)
+        elif node.op == "call_function":
+            axes.values[node] = _call(found, axes, node)
+    for node in found.outputs:
+        _pin_all(axes.values[node], Pin("model output"))
+    used = {canonical[name] for ph, name in found.tensor_names.items() if _is_used(found, ph)}
+    for name, dims in tensors.items():
+        if name not in used:
+            _pin_all(dims, Pin("not used by forward"))
+    program.axes = axes
+
+
+def _tensor_dims(program: Program) -> tuple[dict[str, str], dict[str, Dims]]:
+    """One set of dims per distinct tensor object: tied tensors share theirs."""
+    canonical: dict[str, str] = {}
+    first: dict[int, str] = {}
+    tensors: dict[str, Dims] = {}
+    for name, tensor in names(program.model).items():
+        canonical[name] = first.setdefault(id(tensor), name)
+        if canonical[name] == name:
+            tensors[name] = dims_of(tensor.shape)
+    return canonical, tensors
+
+
+def _is_used(found: Trace, placeholder: str) -> bool:
+    node = next(n for n in found.graph.nodes if n.name == placeholder)
+    return bool(node.users)
+
+
+def _placeholder(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+    if node.name in found.tensor_names:
+        return axes.tensors[axes.canonical[found.tensor_names[node.name]]]
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    dims = dims_of(node.meta["val"].shape)
+    _pin_all(dims, Pin("model input" if node.name in found.input_names else "a constant of forward"))
+    return dims
+
+
+def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    if node.target is operator.getitem:
+        source = axes.values[node.args[0]]
+        return source[node.args[1]] if isinstance(source, list) else None
+    if not _has_tensors(value):
+        return None
+    args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
+    rule = find_rule(node.target)
+    speaker = Rule(node, axes.facts, source_line)
+    out = None
+    problem = "has no rule"
+    if rule is not None:
+        try:
+            out = rule(
+                speaker, *(_to_dims(a, axes.values) for a in args), **{k: _to_dims(v, axes.values) for k, v in kwargs.items()}
+            )
+            problem = "has a rule that does not cover this form of it"
+        except _UNREADABLE as error:
+            problem = f"has a rule that cannot read this call ({type(error).__name__}: {error})"
+    if out is None or not _fits(out, value):
+        return _unknown(axes, node, args, kwargs, problem)
+    for size in _sizes((args, kwargs)):
+        if id(size) not in speaker.sizes_used:
+            # Used as a number, not as a size: what it stands for must keep its value.
+            axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), source_line(node)))
+    return out
+
+
+def _number(value: int) -> Any:
+    """A pinned stand-in axis: ``expr == value`` whatever is pruned."""
+    (axis,) = dims_of((value,))
+    pin(axis, Pin("used as a number"))
+    return axis
+
+
+def _sizes(tree: Any) -> list[SizeInt]:
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    if isinstance(tree, (tuple, list)):
+        return [size for item in tree for size in _sizes(item)]
+    return [tree] if isinstance(tree, SizeInt) else []
+
+
+def _to_dims(value: Any, values: dict[fx.Node, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return values[value]
+    if isinstance(value, (list, tuple)):
+        return [_to_dims(item, values) for item in value]
+    return value
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(item, torch.Tensor) for item in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _fits(out: Any, value: Any) -> bool:
+    """The dims a rule returned have the traced shapes."""
+    if isinstance(value, torch.Tensor):
+        return isinstance(out, tuple) and [a.size for a in out] == [int(s) for s in value.shape]
+    pairs = list(zip(out, value, strict=False)) if isinstance(out, list) and len(out) == len(value) else []
+    return bool(pairs) and all(v is None or _fits(o, v) for o, v in pairs)
+
+
+def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str) -> Any:
+    name = str(node.target)
+    where = source_line(node)
+    axes.unruled.setdefault(f"{name} {problem}", []).append(where)
+    why = Pin(f"operator {name} {problem}", where)
+    for source in node.all_input_nodes:
+        _pin_all(axes.values[source], why)
+    for size in _sizes((args, kwargs)):
+        axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), where))
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        out: Any = dims_of(value.shape)
+    else:
+        out = [dims_of(v.shape) if isinstance(v, torch.Tensor) else None for v in value]
+    _pin_all(out, why)
+    return out
+
+
+def _pin_all(dims: Any, why: Pin) -> None:
+    if isinstance(dims, list):
+        for one in dims:
+            _pin_all(one, why)
+    elif dims is not None:
+        for axis in dims:
+            pin(axis, why)
+
+

@@ -1,0 +1,116 @@
+"""Plan → smaller dense model of the same class.
+
+Two passes, as in LoRAShear (arXiv 2310.18356, Section 3): first every producer keeps its rows (the primary dimension),
+then every consumer keeps the columns that the producers left (the secondary dimension). Both only collect indices;
+each tensor is sliced once, and tied tensors stay tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from graphprune.ir.program import Program, dim_mask
+from graphprune.passes.base import compiler_pass
+from graphprune.trace.provenance import set_attribute
+from graphprune.trace.skeleton import copy_structure, names, tensors
+
+Slices = dict[str, dict[int, torch.Tensor]]  # tensor name → dimension → kept indices, int64, sorted
+
+
+@compiler_pass(requires=("plan", "axes", "new_attributes"), ensures=("pruned",))
+def rewrite(program: Program) -> None:
+    """Build the pruned model: a new one, or the given one changed in place with ``inplace``."""
+    slices = collect_slices(program)
+    by_id = {id(tensor): name for name, tensor in reversed(names(program.model).items())}
+    if program.options.inplace:
+        program.pruned = program.model
+        for tensor in list(tensors(program.model)):
+            if by_id[id(tensor)] in slices:
+                tensor.data = sliced(tensor, slices[by_id[id(tensor)]])
+                tensor.grad = None
+    else:
+        program.pruned = copy_structure(
+            program.model, lambda tensor: like(tensor, sliced(tensor, slices.get(by_id[id(tensor)], {})))
+        )
+    finish(program, program.pruned)
+
+
+def finish(program: Program, model: nn.Module) -> None:
+    """Give ``model``, whose tensors have their new shapes, the integers that go with them."""
+    for attribute, value in program.need("new_attributes").items():
+        set_attribute(model, attribute, value)
+    refresh_torch_attributes(model)
+
+
+def collect_slices(program: Program) -> Slices:
+    """The kept indices of every sliced dimension: pass 1 the primary ones, pass 2 the secondary ones."""
+    axes = program.need("axes")
+    masks = program.keep_masks()
+    consumed = {(m.tensor, m.dim) for group in program.need("groups") for m in group.members if m.consumes}
+    slices: Slices = {}
+
+    def collect(wanted: Callable[[str, int], bool]) -> None:
+        for name, dims in axes.tensors.items():
+            for dim, axis in enumerate(dims):
+                if wanted(name, dim) and (mask := dim_mask(axis, masks)) is not None:
+                    slices.setdefault(name, {})[dim] = mask.nonzero().flatten()
+
+    collect(lambda name, dim: (name, dim) not in consumed)
+    collect(lambda name, dim: (name, dim) in consumed)
+    return slices
+
+
+def sliced(tensor: torch.Tensor, keep: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A contiguous copy of ``tensor`` with only the kept indices of each dimension in ``keep``."""
+    out = tensor.detach()
+    if not keep:
+        return out.clone()
+    # The dimension that loses most first, so that what lies between is small.
+    for dim in sorted(keep, key=lambda d: len(keep[d]) / tensor.shape[d]):
+        out = out.index_select(dim, keep[dim].to(out.device))
+    return out
+
+
+def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """``new`` as the same kind of tensor as ``old``: a parameter with its requires_grad, or a buffer."""
+    if isinstance(old, nn.Parameter):
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+# What the classes of torch.nn themselves call the sizes of their weight: attribute → value from the module.
+_TORCH_ATTRIBUTES: tuple[tuple[type, dict[str, Callable[[nn.Module], int]]], ...] = (
+    (nn.Linear, {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]}),
+    (nn.Embedding, {"num_embeddings": lambda m: m.weight.shape[0], "embedding_dim": lambda m: m.weight.shape[1]}),
+    (
+        nn.modules.conv._ConvTransposeNd,
+        {"in_channels": lambda m: m.weight.shape[0], "out_channels": lambda m: m.weight.shape[1] * m.groups},
+    ),
+    (
+        nn.modules.conv._ConvNd,
+        {"in_channels": lambda m: m.weight.shape[1] * m.groups, "out_channels": lambda m: m.weight.shape[0]},
+    ),
+    (
+        nn.modules.batchnorm._NormBase,
+        {"num_features": lambda m: (m.weight if m.weight is not None else m.running_mean).shape[0]},
+    ),
+    (nn.GroupNorm, {"num_channels": lambda m: m.weight.shape[0]}),
+)
+
+
+def refresh_torch_attributes(model: nn.Module) -> None:
+    """``in_features`` and the like: attributes of torch.nn's own classes that forward never reads."""
+    for module in model.modules():
+        for kind, attributes in _TORCH_ATTRIBUTES:
+            if isinstance(module, kind):
+                if _has_tensor(module):
+                    for name, value in attributes.items():
+                        setattr(module, name, value(module))
+                break
+
+
+def _has_tensor(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None or getattr(module, "running_mean", None) is not None

@@ -1,0 +1,67 @@
+"""Statistics of what the consumer matrices of a model see while calibration data runs through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from graphprune.errors import GraphPruneError
+from graphprune.trace.export import without_hooks
+
+# Which argument is the activation, which of its dimensions is contracted, and which argument is the weight.
+_CONSUMERS: dict[Any, tuple[int, int, int]] = {
+    torch.nn.functional.linear: (0, -1, 1),
+    torch.addmm: (1, -1, 2),
+    torch.mm: (0, -1, 1),
+    torch.matmul: (0, -1, 1),
+    torch.Tensor.matmul: (0, -1, 1),
+    torch.Tensor.__matmul__: (0, -1, 1),
+    torch.nn.functional.conv1d: (0, 1, 1),
+    torch.nn.functional.conv2d: (0, 1, 1),
+    torch.nn.functional.conv3d: (0, 1, 1),
+}
+
+
+class InputNorms(TorchFunctionMode):
+    """Sums the squares of each input feature of chosen weights.
+
+    ``squares[id(weight)]`` is float32 of shape ``(in_features,)``; ``counts`` the number of rows (tokens, positions).
+    """
+
+    def __init__(self, weights: Iterable[torch.Tensor]):
+        super().__init__()
+        self._wanted = {id(weight) for weight in weights}
+        self.squares: dict[int, torch.Tensor] = {}
+        self.counts: dict[int, int] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        place = _CONSUMERS.get(func)
+        if place is not None and len(args) > place[2] and id(args[place[2]]) in self._wanted:
+            self._see(id(args[place[2]]), args[place[0]].detach(), place[1])
+        return func(*args, **(kwargs or {}))
+
+    def _see(self, weight: int, x: torch.Tensor, dim: int) -> None:
+        rows = x.movedim(dim, -1).flatten(0, -2)
+        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+        self.squares[weight] = self.squares[weight] + squares if weight in self.squares else squares
+        self.counts[weight] = self.counts.get(weight, 0) + rows.shape[0]
+
+
+def run_calibration(model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode) -> None:
+    """Run batches through the model in eval mode under ``mode``; the model is left as it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), without_hooks(model):
+            for batch in batches:
+                with mode:
+                    model(**batch)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error
+    finally:
+        for module, state in training.items():
+            module.training = state

@@ -1,0 +1,65 @@
+"""Scores: one number per removal structure, the smaller the sooner it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.axes import Axis, find, reduce_to_leaves
+from graphprune.ir.program import Program
+from graphprune.passes.base import Pass, compiler_pass
+
+# Leaf axis → score of each of its indices, float32 of shape (size,).
+Scores = dict[Axis, torch.Tensor]
+Criterion = Callable[[Program], Scores]
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a function ``Program → {leaf axis: scores}`` under a method name."""
+
+    def register(function: Criterion) -> Criterion:
+        _CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def method_names() -> list[str]:
+    """Every name that ``method=`` takes."""
+    return sorted(_CRITERIA)
+
+
+def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
+    """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it."""
+    for leaf, share in reduce_to_leaves(axis, values.float().cpu()):
+        key = find(leaf)
+        scores[key] = scores[key] + share if key in scores else share
+
+
+@compiler_pass(requires=("prunable",), ensures=("scores",))
+def _score(program: Program) -> None:
+    """Run the criterion that ``method`` names; groups it gives no score are left alone, with that reason."""
+    name = program.options.method
+    if name not in _CRITERIA:
+        raise GraphPruneError(f"There is no method {name!r}. Methods: {', '.join(method_names())}.")
+    found = _CRITERIA[name](program)
+    program.scores = {}
+    for group in list(program.need("prunable")):
+        values = found.get(find(group.axis))
+        if values is None:
+            program.need("prunable").remove(group)
+            program.need("skipped")[group.name] = f"method {name} has no score for it"
+        elif not bool(torch.isfinite(values).all()):
+            raise GraphPruneError(
+                f"The {name} score of {group.name} is not finite: the weights, or the activations they see, "
+                "hold NaN or infinite values, or overflow. Nothing was changed."
+            )
+        else:
+            program.scores[group.name] = values
+
+
+score = Pass("score", _score.run, _score.requires, _score.ensures)

@@ -1,0 +1,13 @@
+"""nn.Module → fx graph."""
+
+from __future__ import annotations
+
+from graphprune.ir.program import Program
+from graphprune.passes.base import compiler_pass
+from graphprune.trace.export import trace
+
+
+@compiler_pass(ensures=("trace",))
+def trace_model(program: Program) -> None:
+    """Export the model to ATen operators; see :func:`graphprune.trace.export.trace`."""
+    program.trace = trace(program.model, program.inputs)

@@ -1,0 +1,191 @@
+"""The oracle: the pruned model must compute what the masked original computes.
+
+Removing a structure must equal dropping its term from every contraction that consumes it. The masked original is the
+traced graph run at full size, with the original weights and the true operators, where every contracted operand is
+multiplied by the 0/1 keep-mask of its axis. A wrong rule cannot hide in it: where an axis was not safe to prune,
+the full-size operator sees the removed indices and the sliced one does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.axes import Axis
+from graphprune.ir.program import Program, dim_mask
+from graphprune.passes.base import compiler_pass
+from graphprune.passes.rewrite import collect_slices, finish, sliced
+from graphprune.trace.export import Trace, output_tensors, without_hooks
+from graphprune.trace.skeleton import copy_structure, names
+
+# Largest difference allowed, relative to the largest output: rounding of the dtype, nothing else.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@compiler_pass(requires=("plan", "axes", "pruned"), ensures=("oracle_error",))
+def verify(program: Program) -> None:
+    """Compare the pruned model with the masked original on the example inputs.
+
+    Raises :class:`GraphPruneError` if they differ by more than rounding, or the pruned model does not run.
+    """
+    _compare(program, masked_outputs(program), program.need("pruned"))
+
+
+@compiler_pass(requires=("plan", "axes", "new_attributes"), ensures=("oracle_error",))
+def verify_before_rewrite(program: Program) -> None:
+    """The same proof before anything is changed, for ``inplace``: weights are sliced one at a time as they are used."""
+    slices = collect_slices(program)
+    by_id = {id(tensor): name for name, tensor in reversed(names(program.model).items())}
+    originals: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]] = {}
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        keep = slices.get(by_id[id(tensor)], {})
+        if not keep:
+            return tensor
+        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
+        empty = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(shape)
+        made = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+        originals[id(made)] = (tensor, keep)
+        return made
+
+    preview = copy_structure(program.model, stand_in)
+    finish(program, preview)
+    with _SliceOnUse(originals):
+        _compare(program, masked_outputs(program), preview)
+
+
+class _SliceOnUse(torch.overrides.TorchFunctionMode):
+    """Replaces each stand-in by the slice of its original at the moment an operator uses it."""
+
+    def __init__(self, originals: dict[int, tuple[torch.Tensor, dict[int, torch.Tensor]]]):
+        super().__init__()
+        self.originals = originals
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def real(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and id(value) in self.originals:
+                return sliced(*self.originals[id(value)])
+            if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+                return type(value)(real(v) for v in value)
+            return value
+
+        return func(*(real(a) for a in args), **{k: real(v) for k, v in (kwargs or {}).items()})
+
+
+def _compare(program: Program, expected: list[torch.Tensor], model: nn.Module) -> None:
+    found = model_outputs(program, model)
+    program.oracle_error = largest_difference(found, expected)
+    dtypes = [tensor.dtype for tensor in expected if tensor.is_floating_point()]
+    limit = max((TOLERANCE.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    if not program.oracle_error <= limit:
+        raise GraphPruneError(
+            f"The pruned {type(model).__name__} does not compute what the masked original computes: largest difference "
+            f"{program.oracle_error:.3g} of the largest output, {limit:.0e} is rounding. An axis rule is wrong for this "
+            "model, and nothing was changed; please report it with graphprune.inspect(model)."
+        )
+
+
+def model_outputs(program: Program, model: nn.Module) -> list[torch.Tensor]:
+    """What ``model`` returns for the example inputs, in eval mode; its state is restored."""
+    args, kwargs = program.inputs
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), without_hooks(model):
+            return output_tensors(model(*args, **kwargs))
+    except Exception as error:
+        raise GraphPruneError(
+            f"The pruned {type(model).__name__} does not run: {type(error).__name__}: {error}. "
+            "A size in its code did not follow; nothing was changed. Please report it."
+        ) from error
+    finally:
+        for module, state in training.items():
+            module.training = state
+
+
+def masked_outputs(program: Program) -> list[torch.Tensor]:
+    """The outputs of the masked original on the example inputs."""
+    found: Trace = program.need("trace")
+    held = names(program.model)
+    given = iter(found.inputs)
+    arguments: list[Any] = []
+    for node in found.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in found.tensor_names:
+            arguments.append(held[found.tensor_names[node.name]].detach())
+        elif node.name in found.constants:
+            arguments.append(found.constants[node.name])
+        else:
+            arguments.append(next(given))
+    with torch.no_grad():
+        return _Masked(program).run_outputs(arguments)
+
+
+class _Masked(fx.Interpreter):
+    """Runs the graph with the keep-mask of every contracted dimension applied to its operand."""
+
+    def __init__(self, program: Program):
+        trace, axes = program.need("trace"), program.need("axes")
+        super().__init__(trace.module)
+        self._outputs = trace.outputs
+        keep = program.keep_masks()
+        self._masks: dict[fx.Node, list[tuple[int, int, torch.Tensor]]] = {}
+        for contraction in axes.facts.contractions:
+            source = contraction.node.args[contraction.arg]
+            axis: Axis = axes.values[source][contraction.dim]
+            mask = dim_mask(axis, keep)
+            if mask is not None:
+                self._masks.setdefault(contraction.node, []).append((contraction.arg, contraction.dim, mask))
+
+    def run_outputs(self, arguments: list[Any]) -> list[torch.Tensor]:
+        kept: dict[fx.Node, torch.Tensor] = {}
+        self._kept = kept
+        self.run(*arguments, enable_io_processing=False)
+        return [kept[node] for node in self._outputs]
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and n.target in _NO_OPERATION:
+            return None
+        out = super().run_node(n)
+        if n in self._outputs:
+            self._kept[n] = out
+        return out
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if n in self._masks:
+            operands = list(args)
+            for arg, dim, mask in self._masks[n]:
+                operands[arg] = _masked(operands[arg], dim, mask)
+            args = tuple(operands)
+        return args, kwargs
+
+
+# The traced graph states dtypes and devices that hold for the traced inputs; the run repeats them anyway.
+_NO_OPERATION = {torch.ops.aten._assert_tensor_metadata.default}
+
+
+def _masked(x: torch.Tensor, dim: int, mask: torch.Tensor) -> torch.Tensor:
+    """``x`` with removed indices of one dimension set to zero (also where they are NaN or infinite)."""
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    return x.masked_fill(~mask.to(x.device).view(shape), 0)
+
+
+def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """The largest absolute difference over the largest absolute value, over all outputs; inf for other shapes or NaN."""
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if a.numel() == 0:
+            continue
+        scale = max(float(b.double().abs().max()), 1e-30) if b.is_floating_point() else 1.0
+        difference = float((a.double() - b.double()).abs().max()) / scale
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
