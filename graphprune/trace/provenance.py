@@ -11,6 +11,7 @@ model computes depends on it, so it may not change.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -240,49 +241,41 @@ def _wrap(value: Any, owner: str, name: str, recorder: SizeRecorder) -> Any:
     return value
 
 
-def owners(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every object that may hold sizes, with its name: modules by path, their configs as ``path@attribute``.
-
-    A config that many modules share is given once, under the first.
-    """
-    seen: set[int] = set()
-
-    def configs(name: str, holder: Any) -> Iterator[tuple[str, Any]]:
-        for attribute, value in list(vars(holder).items()):
-            if _is_config(value) and id(value) not in seen:
-                seen.add(id(value))
-                yield f"{name}@{attribute}", value
-                yield from configs(f"{name}@{attribute}", value)
-
-    for path, module in model.named_modules():
-        yield path, module
-        yield from configs(path, module)
-
-
-def resolve_owner(model: torch.nn.Module, name: str) -> Any:
-    """The object that :func:`owners` gave ``name``."""
-    path, *attributes = name.split("@")
-    found: Any = model.get_submodule(path)
-    for attribute in attributes:
-        found = getattr(found, attribute)
-    return found
+def configs_of(holder: Any) -> list[tuple[str, Any]]:
+    """The settings objects that an object holds directly, by attribute name."""
+    return [(name, value) for name, value in vars(holder).items() if _is_config(value)]
 
 
 def wrap_sizes(model: torch.nn.Module, recorder: SizeRecorder) -> None:
     """Replace every integer attribute of ``model``'s modules and configs by a :class:`SizeInt`, in place.
 
-    Only ever called on a skeleton (:mod:`graphprune.trace.skeleton`), never on the user's model.
+    Every module gets a copy of its config, so that a size that one layer reads from the config they all share can be
+    solved for that layer alone. Only ever called on a skeleton (:mod:`graphprune.trace.skeleton`), never on the
+    user's model.
     """
-    for owner, holder in owners(model):
-        for name, value in list(vars(holder).items()):
-            if not name.startswith("_"):
-                # Straight into __dict__: setters of configs validate types, and a SizeInt is an int.
-                vars(holder)[name] = _wrap(value, owner, name, recorder)
+    for path, module in model.named_modules():
+        _wrap_holder(module, path, recorder)
+
+
+def _wrap_holder(holder: Any, owner: str, recorder: SizeRecorder) -> None:
+    for name, value in configs_of(holder):
+        own = copy.copy(value)
+        vars(holder)[name] = own
+        _wrap_holder(own, f"{owner}@{name}", recorder)
+    for name, value in list(vars(holder).items()):
+        if not name.startswith("_"):
+            # Straight into __dict__: setters of configs validate types, and a SizeInt is an int.
+            vars(holder)[name] = _wrap(value, owner, name, recorder)
 
 
 def set_attribute(model: torch.nn.Module, attribute: Attribute, value: int) -> None:
-    """Give one integer attribute its new value."""
-    holder = resolve_owner(model, attribute.owner)
+    """Give one integer attribute its new value; a config that other modules share is copied for this one first."""
+    path, *configs = attribute.owner.split("@")
+    holder: Any = model.get_submodule(path)
+    for name in configs:
+        own = copy.copy(vars(holder)[name])
+        vars(holder)[name] = own
+        holder = own
     old = vars(holder)[attribute.name]
     if attribute.index is None:
         vars(holder)[attribute.name] = value
@@ -292,9 +285,17 @@ def set_attribute(model: torch.nn.Module, attribute: Attribute, value: int) -> N
         vars(holder)[attribute.name] = items if isinstance(old, list) else type(old)(items)
 
 
+def _holder(model: torch.nn.Module, owner: str) -> Any:
+    path, *configs = owner.split("@")
+    found: Any = model.get_submodule(path)
+    for name in configs:
+        found = vars(found)[name]
+    return found
+
+
 def get_attribute(model: torch.nn.Module, attribute: Attribute) -> int:
     """The present value of one integer attribute."""
-    value = vars(resolve_owner(model, attribute.owner))[attribute.name]
+    value = vars(_holder(model, attribute.owner))[attribute.name]
     return int(value if attribute.index is None else value[attribute.index])
 
 
