@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +62,21 @@ def _check_vocabulary(model: Any, ids: torch.Tensor) -> None:
         raise GraphPruneError(
             f"The tokenizer gives token {int(ids.max())}, the model knows {size}: it is not this model's tokenizer."
         )
+
+
+def read_texts(paths: Sequence[str]) -> list[str]:
+    """The texts of ``.txt`` files (one each) and ``.jsonl`` files (the field ``text`` of every row).
+
+    Raises :class:`GraphPruneError` naming the file, and the row, that cannot be read.
+    """
+    texts = []
+    for path in map(Path, paths):
+        try:
+            content = path.read_text(encoding="utf-8")
+            if path.suffix == ".jsonl":
+                texts += [str(json.loads(line)["text"]) for line in content.splitlines() if line.strip()]
+            else:
+                texts.append(content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GraphPruneError(f"{path} cannot be read as calibration text: {error!r}") from error
+    return texts

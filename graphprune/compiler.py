@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 
+import graphprune.rules  # noqa: F401  (registers the rules)
 from graphprune.errors import GraphPruneError
 from graphprune.inspection import Inspection
 from graphprune.ir.plan import Plan
-import graphprune.rules  # noqa: F401  (registers the rules)
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
@@ -161,8 +161,12 @@ def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_firs
             raise GraphPruneError("plan must be a graphprune.Plan; Plan.from_json reads one.")
         if ratio is not None:
             raise GraphPruneError("Give a ratio or a plan, not both.")
-    elif not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < 1 or not math.isfinite(ratio):
-        raise GraphPruneError(f"ratio is parameters removed / all parameters, between 0 and 1 (both excluded), not {ratio!r}.")
+    elif (
+        not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < 1 or not math.isfinite(ratio)
+    ):
+        raise GraphPruneError(
+            f"ratio is parameters removed / all parameters, between 0 and 1 (both excluded), not {ratio!r}."
+        )
     if round_to < 1:
         raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
     if skip_first < 0 or skip_last < 0:
@@ -181,5 +185,3 @@ def measure(model: nn.Module) -> tuple[int, int]:
     """(parameters, bytes) of a model, tied ones once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-
-

@@ -43,9 +43,9 @@ class Inspection:
             f"{type(self.program.model).__name__}: {len(self.groups)} node groups, {len(self.prunable)} prunable, "
             f"{self.prunable_share():.1%} of the parameters on prunable axes"
         ]
-        lines += ["", "Prunable:"] + self._folded(self.prunable, lambda group: "")
+        lines += ["", "Prunable:", *self._folded(self.prunable, lambda group: "")]
         others = [group for group in self.groups if group.name in self.skipped]
-        lines += ["", "Left alone:"] + self._folded(others, lambda group: self.skipped[group.name])
+        lines += ["", "Left alone:", *self._folded(others, lambda group: self.skipped[group.name])]
         if self.unruled:
             lines += ["", "Operators without a rule, and what they pinned:"]
             for name, places in self.unruled.items():

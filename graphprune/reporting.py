@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from graphprune.ir.program import Program
 from graphprune.trace.provenance import Attribute
 
 REPORT_ATTRIBUTE = "_graphprune_report"
+_BLOCK = re.compile(r"(.*?\d+)\.(.*)")  # up to the first number of the path is a block
 
 
 @dataclass
@@ -94,3 +96,15 @@ def report(model: nn.Module) -> Report:
     if found is None:
         raise GraphPruneError(f"This {type(model).__name__} was not made by graphprune.compile or graphprune.load.")
     return found
+
+
+def widths_by_block(widths: dict[str, tuple[int, int]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """``widths`` as a table: the axes that occur in a block as columns, and a row of ``1536→1126`` per block."""
+    rows: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for name, (before, after) in widths.items():
+        found = _BLOCK.match(name)
+        block, axis = (found[1], found[2]) if found else ("", name)
+        columns[axis] = None
+        rows.setdefault(block, {})[axis] = f"{before}→{after}"
+    return list(columns), [(block, [cells.get(c, "") for c in columns]) for block, cells in rows.items()]

@@ -82,7 +82,9 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     if rule is not None:
         try:
             out = rule(
-                speaker, *(_to_dims(a, axes.values) for a in args), **{k: _to_dims(v, axes.values) for k, v in kwargs.items()}
+                speaker,
+                *(_to_dims(a, axes.values) for a in args),
+                **{k: _to_dims(v, axes.values) for k, v in kwargs.items()},
             )
             problem = "has a rule that does not cover this form of it"
         except _UNREADABLE as error:
@@ -158,5 +160,3 @@ def _pin_all(dims: Any, why: Pin) -> None:
     elif dims is not None:
         for axis in dims:
             pin(axis, why)
-
-

@@ -176,7 +176,9 @@ def _unreachable(program: Program, reachable: float) -> GraphPruneError:
     for group in program.need("groups"):
         reason = program.need("skipped").get(group.name)
         if reason is not None and group.size > 1:
-            size = sum(math.prod(a.size for a in axes.tensors[m.tensor]) for m in group.members if m.tensor in parameters)
+            size = sum(
+                math.prod(a.size for a in axes.tensors[m.tensor]) for m in group.members if m.tensor in parameters
+            )
             held[f"{group.name} ({size:,} parameters): {reason}"] = size
     worst = sorted(held, key=lambda line: -held[line])[:5]
     lines = "".join(f"\n  {line}" for line in worst)

@@ -69,7 +69,9 @@ class _Solver:
             want = Polynomial.of(use.axis)
             have = self.evaluate(use.expr, solution)
             if have is None:
-                yield from ((axis, Pin(f"its size is computed as {show(use.expr)}", use.where)) for axis in want.symbols())
+                yield from (
+                    (axis, Pin(f"its size is computed as {show(use.expr)}", use.where)) for axis in want.symbols()
+                )
             elif have != want:
                 what = f"the number {use.expr}" if isinstance(use.expr, int) else show(use.expr)
                 why = Pin(f"its size is given by {what}, which cannot follow", use.where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ class Plan:
             size = self.sizes.get(name)
             if size is None:
                 raise GraphPruneError(f"The plan keeps indices of {name!r} but does not say its size.")
-            in_order = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+            in_order = all(a < b for a, b in itertools.pairwise(kept))
             if not kept or not in_order or kept[0] < 0 or kept[-1] >= size:
                 raise GraphPruneError(
                     f"The plan for {name!r} must keep a sorted, non-empty list of indices below {size}, each once."

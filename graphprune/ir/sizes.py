@@ -102,7 +102,12 @@ def disagreement(a: Polynomial, b: Polynomial) -> set[Axis]:
     common = list(monomials[0])
     for monomial in monomials[1:]:
         rest = list(monomial)
-        common = [axis for axis in common if axis in rest and (rest.remove(axis) or True)]
+        shared = []
+        for axis in common:
+            if axis in rest:
+                rest.remove(axis)
+                shared.append(axis)
+        common = shared
     out: set[Axis] = set()
     for monomial in monomials:
         rest = list(monomial)

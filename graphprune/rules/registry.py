@@ -44,7 +44,7 @@ def rule(*operators: Any) -> Callable[[RuleFunction], RuleFunction]:
 
 
 def find_rule(operator: Any) -> RuleFunction | None:
-    """The rule of an operator: of the exact overload, else of its packet, else the pointwise rule if it is tagged so."""
+    """The rule of an operator: of the exact overload, else of its packet, else the pointwise rule if tagged so."""
     found = _RULES.get(operator) or _RULES.get(getattr(operator, "overloadpacket", None))
     if found is None and torch.Tag.pointwise in getattr(operator, "tags", ()):
         return _RULES["pointwise"]

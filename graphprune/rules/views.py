@@ -83,7 +83,6 @@ def unflatten(r: Rule, x: Dims, dim: int, sizes: Sequence[Any], *names: Any) -> 
     return reshape(r, x, full)
 
 
-
 @rule(aten.permute)
 def permute(r: Rule, x: Dims, order: Sequence[int]) -> Dims:
     return tuple(x[i] for i in order)
@@ -312,7 +311,11 @@ def pad(r: Rule, x: Dims, amounts: Sequence[int], *options: Any) -> Dims:
     for i in range(len(amounts) // 2):
         before, behind = int(amounts[2 * i]), int(amounts[2 * i + 1])
         place = len(x) - 1 - i
-        if before < 0 or behind < 0 or (options and options[0] not in (None, "constant") and isinstance(options[0], str)):
+        if (
+            before < 0
+            or behind < 0
+            or (options and options[0] not in (None, "constant") and isinstance(options[0], str))
+        ):
             r.pin(x[place], "padded")
             out[place] = r.fresh(x[place].size + before + behind, "padded")
         elif before or behind:
@@ -342,5 +345,3 @@ def unfold(r: Rule, x: Dims, dim: int, size: Any, step: Any) -> Dims:
     shape = r.output_shape()
     dim %= len(x)
     return (*x[:dim], r.fresh(shape[dim], "windows"), *x[dim + 1 :], r.fresh(shape[-1], "a window"))
-
-

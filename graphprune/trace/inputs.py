@@ -76,10 +76,14 @@ def example_inputs_for(model: nn.Module, device: torch.device, dtype: torch.dtyp
     for name, parameter in parameters.items():
         if name == "use_cache":
             kwargs["use_cache"] = False
-        elif parameter.default is inspect.Parameter.empty and parameter.kind not in (
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.VAR_KEYWORD,
+        elif (
+            parameter.default is inspect.Parameter.empty
+            and parameter.kind
+            not in (
+                inspect.Parameter.VAR_POSITIONAL,
+                inspect.Parameter.VAR_KEYWORD,
+            )
+            and name not in kwargs
         ):
-            if name not in kwargs:
-                raise GraphPruneError(f"{type(model).__name__}.forward needs {name!r}: pass example_inputs=.")
+            raise GraphPruneError(f"{type(model).__name__}.forward needs {name!r}: pass example_inputs=.")
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}

@@ -197,7 +197,7 @@ class SizeRecorder(TorchFunctionMode):
         known = self._known.get(tensor)
         if known is None or not isinstance(size, int):
             return size
-        return SizeInt(int(size), Dim(*known, dim % tensor.ndim), self)
+        return SizeInt(int(size), Dim(known[0], known[1], dim % tensor.ndim), self)
 
 
 def _int_leaves(tree: Any) -> Iterator[Any]:

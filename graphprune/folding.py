@@ -1,0 +1,68 @@
+"""Repeated blocks shown once: node groups that differ only in their block numbers, with a count."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from graphprune.ir.program import NodeGroup
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
+_T = TypeVar("_T")
+
+
+def starred(text: str) -> str:
+    """``text`` with the numbers inside module paths replaced: ``layers.3.mlp`` and ``layers.4.mlp`` are one."""
+    return _NUMBER.sub("*", text)
+
+
+def by_key(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:
+    """``items`` in lists of equal key, in order of first appearance."""
+    found: dict[Hashable, list[_T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return list(found.values())
+
+
+def common_name(names: list[str]) -> str:
+    """The name of one thing as it is, of several with stars for their block numbers."""
+    return names[0] if len(names) == 1 else starred(names[0])
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Node groups that are the same but for their block numbers.
+
+    ``members`` are the parameter dimensions of all of them, as text, each kind once. ``reason`` is why they are left
+    alone, empty when they are not.
+    """
+
+    groups: list[NodeGroup]
+    reason: str
+    members: list[str]
+
+    @property
+    def name(self) -> str:
+        return common_name([group.name for group in self.groups])
+
+    @property
+    def size(self) -> int:
+        return self.groups[0].size
+
+
+def fold_groups(groups: Iterable[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[Fold]:
+    """Fold ``groups`` that have the same size, reason and members but for the numbers in module paths."""
+
+    def key(group: NodeGroup) -> Hashable:
+        members = dict.fromkeys(starred(str(member)) for member in group.members)
+        return starred(group.name), group.size, starred(reason(group)), tuple(members)
+
+    return [_fold(same, reason) for same in by_key(groups, key)]
+
+
+def _fold(same: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> Fold:
+    members = list(dict.fromkeys(str(member) for group in same for member in group.members))
+    why = common_name([reason(group) for group in same])
+    return Fold(same, why, [common_name(alike) for alike in by_key(members, starred)])
