@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.program import Program
+from graphprune.ir.program import Order, Program
 from graphprune.passes.base import compiler_pass
 
 
@@ -33,11 +33,8 @@ def allocate_budget(program: Program) -> None:
         raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
     scores: dict[str, torch.Tensor] = program.need("scores")
     names = list(scores)
-    if not names:
-        program.order = []
-        return
-    keys = torch.cat([RANKINGS[ranking](scores[name].double()) for name in names])
-    owner = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)])
-    index = torch.cat([torch.arange(len(scores[name])) for name in names])
-    chosen = keys.argsort(stable=True)
-    program.order = [(names[o], i) for o, i in zip(owner[chosen].tolist(), index[chosen].tolist(), strict=True)]
+    keys = torch.cat([RANKINGS[ranking](scores[name].double()) for name in names] or [torch.zeros(0)])
+    group = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)] or [torch.zeros(0).long()])
+    index = torch.cat([torch.arange(len(scores[name])) for name in names] or [torch.zeros(0).long()])
+    first_to_go = keys.argsort(stable=True)
+    program.order = Order(names, group[first_to_go], index[first_to_go])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+
+import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, leaves
 from graphprune.ir.plan import Plan
-from graphprune.ir.program import NodeGroup, Program
+from graphprune.ir.program import NodeGroup, Order, Program
 from graphprune.ir.sizes import Polynomial
 from graphprune.passes.base import compiler_pass
 
@@ -29,9 +32,11 @@ def select_structures(program: Program) -> None:
     removed = _fill(counter, blocks, blocks.longest_prefix(counter, wanted), wanted)
     keep, sizes = {}, {}
     for group in program.need("prunable"):
-        gone = set(blocks.removed_from(group.name, removed.get(group.name, 0)))
-        if gone:
-            keep[group.name] = [i for i in range(group.size) if i not in gone]
+        count = removed.get(group.name, 0)
+        if count:
+            kept = torch.ones(group.size, dtype=torch.bool)
+            kept[blocks.removed_from(group.name, count)] = False
+            keep[group.name] = kept.nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
     program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method)
@@ -68,7 +73,7 @@ class ParameterCounter:
         before, after = self._sizes(removed), self._sizes({**removed, name: removed.get(name, 0) + how_many})
         return sum(polynomial.value(before) - polynomial.value(after) for polynomial in touched)
 
-    def _sizes(self, removed: dict[str, int]):  # type: ignore[no-untyped-def]
+    def _sizes(self, removed: dict[str, int]) -> Callable[[Axis], int]:
         def size(axis: Axis) -> int:
             return axis.size - removed.get(self.names.get(axis, ""), 0)
 
@@ -76,32 +81,32 @@ class ParameterCounter:
 
 
 class _Blocks:
-    """The order as blocks of indices that go together, so that widths stay multiples of ``round_to``."""
+    """The order as blocks of indices that go together, so that widths stay multiples of ``round_to``.
+
+    ``queue`` has one entry per block, the number of its group, at the place of the last of its indices.
+    """
 
     def __init__(self, program: Program, round_to: int):
-        order: list[tuple[str, int]] = program.need("order")
-        self.indices: dict[str, list[int]] = {}
-        for name, index in order:
-            self.indices.setdefault(name, []).append(index)
-        self.steps = {g.name: _steps(g, program, round_to) for g in program.need("prunable")}
-        # One entry per block, at the place of the last of its indices.
-        seen: dict[str, int] = {}
-        ends = {name: set(steps) for name, steps in self.steps.items()}
-        self.queue: list[str] = []
-        for name, _ in order:
-            seen[name] = seen.get(name, 0) + 1
-            if seen[name] in ends[name]:
-                self.queue.append(name)
+        order: Order = program.need("order")
+        self.names = order.names
+        groups = {group.name: group for group in program.need("prunable")}
+        self.steps = {name: _steps(groups[name], program, round_to) for name in order.names}
+        self.indices: dict[str, torch.Tensor] = {}
+        is_end = torch.zeros(len(order.group), dtype=torch.bool)
+        by_group = order.group.argsort(stable=True)
+        sizes = order.group.bincount(minlength=len(order.names)).tolist()
+        for name, places in zip(order.names, by_group.split(sizes), strict=True):
+            self.indices[name] = order.index[places]
+            is_end[places[torch.tensor(self.steps[name], dtype=torch.long) - 1]] = True
+        self.queue = order.group[is_end]
 
-    def removed_from(self, name: str, count: int) -> list[int]:
-        return self.indices.get(name, [])[:count]
+    def removed_from(self, name: str, count: int) -> torch.Tensor:
+        return self.indices[name][:count]
 
     def prefix(self, length: int) -> dict[str, int]:
         """Indices removed per group by the first ``length`` blocks."""
-        taken: dict[str, int] = {}
-        for name in self.queue[:length]:
-            taken[name] = taken.get(name, 0) + 1
-        return {name: self.steps[name][count - 1] for name, count in taken.items()}
+        taken = self.queue[:length].bincount(minlength=len(self.names)).tolist()
+        return {name: self.steps[name][n - 1] for name, n in zip(self.names, taken, strict=True) if n}
 
     def most(self) -> dict[str, int]:
         return self.prefix(len(self.queue))
@@ -150,7 +155,8 @@ def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float
     gap = wanted - (counter.total - counter.count(removed))
     costs: dict[str, tuple[int, int]] = {}
     blocked: set[str] = set()  # a group whose next block does not fit: the gap only gets smaller
-    for name in blocks.queue[length:]:
+    for number in blocks.queue[length:].tolist():
+        name = blocks.names[number]
         if name in blocked:
             continue
         if name not in costs:

@@ -70,6 +70,18 @@ class NodeGroup:
         return [str(pin) for pin in find(self.axis).pins]
 
 
+@dataclass(frozen=True)
+class Order:
+    """All removal structures, the first to go first.
+
+    Entry ``k`` is index ``index[k]`` of the group ``names[group[k]]``; both int64 of shape (structures,).
+    """
+
+    names: list[str]
+    group: torch.Tensor
+    index: torch.Tensor
+
+
 @dataclass
 class Options:
     """What the user asked for; see :func:`graphprune.compile`."""
@@ -106,12 +118,13 @@ class Program:
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     scores: dict[str, torch.Tensor] | None = None
-    order: list[tuple[str, int]] | None = None
+    order: Order | None = None
     plan: Plan | None = None
     pruned: nn.Module | None = None
     new_attributes: dict[Attribute, int] | None = None
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
+    _masks: tuple[Plan, dict[Axis, torch.Tensor]] | None = None
 
     def group_named(self, name: str) -> NodeGroup:
         return next(group for group in self.need("groups") if group.name == name)
@@ -132,20 +145,23 @@ class Program:
     def keep_masks(self) -> dict[Axis, torch.Tensor]:
         """Leaf → boolean keep-mask of shape ``(size,)``, for every axis that the plan prunes."""
         plan: Plan = self.need("plan")
+        if self._masks is not None and self._masks[0] is plan:
+            return self._masks[1]
         masks = {}
         for group in self.need("groups"):
             if group.name in plan.keep:
                 mask = torch.zeros(group.size, dtype=torch.bool)
                 mask[torch.tensor(plan.keep[group.name])] = True
                 masks[find(group.axis)] = mask
+        self._masks = (plan, masks)
         return masks
 
     def new_size(self, masks: dict[Axis, torch.Tensor]) -> Callable[[Axis], int]:
         """Leaf → its size under the plan."""
+        kept = {leaf: int(mask.sum()) for leaf, mask in masks.items()}
 
         def size(axis: Axis) -> int:
-            mask = masks.get(find(axis))
-            return axis.size if mask is None else int(mask.sum())
+            return kept.get(find(axis), axis.size)
 
         return size
 
