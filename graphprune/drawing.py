@@ -101,7 +101,7 @@ def _fold_tensors(inspection: Inspection, folds: list[Fold]) -> list[_Tensor]:
     def key(tensor: _Tensor) -> Hashable:
         name = tensor.names[0]
         tied = tuple(starred(other) for other in tensor.tied)
-        # The module's class keeps apart what a plain list of layers numbers alike: the biases of a conv and of its norm.
+        # The module's class keeps apart what a list of layers numbers alike: the biases of a conv and of its norm.
         return starred(name), classes[name.rpartition(".")[0]], tensor.shape, tensor.kind, tensor.edges, tied
 
     return [_merged(alike) for alike in by_key(single, key)]

@@ -19,7 +19,8 @@ from graphprune.ir.program import Program, dim_mask
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced
-from graphprune.trace.export import Trace, output_tensors, without_hooks
+from graphprune.trace.export import Trace, output_tensors
+from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 
 # Largest difference allowed, relative to the largest output: rounding of the dtype that both are computed in.
@@ -86,19 +87,14 @@ def model_outputs(
 ) -> list[torch.Tensor]:
     """What ``model`` returns for the example inputs, in eval mode and computed in ``dtype``; its state is restored."""
     args, kwargs = program.inputs
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad(), without_hooks(model), running_in(_precision(program, dtype), substitutes):
+        with eval_mode(model), without_hooks(model), running_in(_precision(program, dtype), substitutes):
             return output_tensors(model(*args, **kwargs))
     except Exception as error:
         raise GraphPruneError(
             f"The pruned {type(model).__name__} does not run: {type(error).__name__}: {error}. "
             "A size in its code did not follow; nothing was changed. Please report it."
         ) from error
-    finally:
-        for module, state in training.items():
-            module.training = state
 
 
 def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.quiet import eval_mode
 
 
 def perplexity(
@@ -29,18 +30,11 @@ def perplexity(
     if not len(windows):
         raise GraphPruneError(f"The text has {len(ids)} tokens, less than one window of {length}.")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total = 0.0
-    try:
-        with torch.no_grad():
-            for rows in windows.split(batch):
-                rows = rows.to(device)
-                logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-                total += float(
-                    nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum")
-                )
-    finally:
-        model.train(was_training)
+    with eval_mode(model):
+        for rows in windows.split(batch):
+            rows = rows.to(device)
+            logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
+            total += float(nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"))
     mean = total / (len(windows) * (length - 1))
     return math.exp(mean) if mean < 700 else math.inf

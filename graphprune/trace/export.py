@@ -6,8 +6,7 @@ import dataclasses
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +27,7 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
+from graphprune.trace.quiet import without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
@@ -88,20 +88,6 @@ def output_tensors(out: Any) -> list[torch.Tensor]:
     if dataclasses.is_dataclass(out):
         return [t for f in dataclasses.fields(out) for t in output_tensors(getattr(out, f.name))]
     return []
-
-
-@contextmanager
-def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    stash = [(module, kind, dict(getattr(module, kind))) for module in model.modules() for kind in kinds]
-    for module, kind, _ in stash:
-        getattr(module, kind).clear()
-    try:
-        yield
-    finally:
-        for module, kind, hooks in stash:
-            getattr(module, kind).update(hooks)
 
 
 class _Entry(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.export import without_hooks
+from graphprune.trace.quiet import eval_mode, without_hooks
 
 # Which argument is the activation, which of its dimensions is contracted, and which argument is the weight.
 _CONSUMERS: dict[Any, tuple[int, int, int]] = {
@@ -53,15 +53,9 @@ class InputNorms(TorchFunctionMode):
 
 def run_calibration(model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode) -> None:
     """Run batches through the model in eval mode under ``mode``; the model is left as it was."""
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad(), without_hooks(model):
+        with eval_mode(model), without_hooks(model), mode:
             for batch in batches:
-                with mode:
-                    model(**batch)
+                model(**batch)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error
-    finally:
-        for module, state in training.items():
-            module.training = state

@@ -1,0 +1,56 @@
+"""A folder is complete or it is not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from graphprune.errors import GraphPruneError
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that becomes ``target`` when the block ends without an error.
+
+    Whatever goes wrong, the temporary folder is removed and ``target`` is not made.
+
+    Raises:
+        GraphPruneError: when there is something at ``target`` already.
+    """
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename stays on one file system; not tempfile.mkdtemp, whose folders only the owner reads.
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        for folder, _, files in os.walk(partial):
+            for name in files:
+                _flush(Path(folder, name))
+            _flush(Path(folder))
+        _refuse_existing(target)  # os.rename would replace an empty folder made meanwhile
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush(target.parent)
+
+
+def _refuse_existing(target: Path) -> None:
+    if os.path.lexists(target):
+        raise GraphPruneError(f"{target} exists already and is left as it is: give a folder that does not exist yet.")
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder to the disk, so that a crash after the rename loses nothing."""
+    if path.is_dir() and os.name != "posix":
+        return  # folders can only be opened on POSIX
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

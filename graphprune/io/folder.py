@@ -1,0 +1,274 @@
+"""``save`` and ``load``: a pruned model as a folder of safetensors and JSON, never pickle.
+
+A folder holds config.json (the config before the first pruning, Hugging Face models only), generation_config.json,
+model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict),
+the tokenizer, and graphprune.json (:mod:`graphprune.io.manifest`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import graphprune
+from graphprune.errors import GraphPruneError
+from graphprune.io.atomic import new_folder
+from graphprune.io.checked_json import read_json
+from graphprune.io.empty_model import Factory, class_in_transformers, empty_model
+from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
+from graphprune.io.stored_config import write_config
+from graphprune.io.tensors import held_tensors, replace_tensor
+from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
+from graphprune.passes.rewrite import refresh_torch_attributes
+from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
+from graphprune.trace.provenance import Attribute, get_attribute, set_attribute
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write a pruned model to a new folder that :func:`load` reads. The folder is complete or it is not there.
+
+    Args:
+        model: what :func:`graphprune.compile` or :func:`load` returned.
+        directory: a folder that does not exist yet; its parents are made.
+        tokenizer: a Hugging Face tokenizer to write beside it.
+        max_shard_size: bytes of one weight file at most, or a text such as ``"5GB"`` (10⁹ bytes each).
+
+    Raises:
+        GraphPruneError: when ``directory`` exists, the model was not pruned, has no weights, has been changed since so
+            that it could not be loaded again, or the disk refuses. Nothing is left behind then.
+    """
+    target = Path(os.path.abspath(directory))
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    done = report(model)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise GraphPruneError(f"tokenizer must be a Hugging Face tokenizer, not {type(tokenizer).__name__}.")
+    try:
+        with new_folder(target) as folder:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            _write(model, done, folder, max_shard_size)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise GraphPruneError(f"{target} could not be written: {error}.") from error
+
+
+def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str) -> None:
+    tensors, ties = write_weights(held_tensors(model), folder, max_shard_size)
+    name = type(model).__name__
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    manifest = Manifest(
+        class_name=name,
+        in_transformers=class_in_transformers(name) is type(model),
+        attention=attention if isinstance(attention, str) else None,
+        versions=_versions(),
+        files={},
+        tensors=tensors,
+        ties=ties,
+        reports=reports_to_data(done),
+    )
+    if hasattr(done.base_config, "to_json_string"):
+        write_config(done.base_config, name, _float_dtype(manifest), folder)
+        _write_generation_config(model, folder)
+    checked = {*(stored.file for stored in tensors.values()), CONFIG}
+    manifest.files = {file: fingerprint(folder / file) for file in sorted(checked) if (folder / file).is_file()}
+    write_manifest(manifest, folder)
+    if manifest.in_transformers:
+        # Whoever changed the model after pruning (new tokens, adapters) is told now, not when loading.
+        _shaped_model(manifest, folder, manifest.report(None), None, None)
+
+
+def _write_generation_config(model: nn.Module, folder: Path) -> None:
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        # Not its save_pretrained, which refuses settings that the model was loaded with and works with.
+        (folder / GENERATION_CONFIG).write_text(config.to_json_string(), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "graphprune": graphprune.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _float_dtype(manifest: Manifest) -> str | None:
+    """The dtype of a model, as transformers has it: that of its first floating-point parameter."""
+    kinds = (t.dtype for t in manifest.tensors.values() if t.kind == "parameter")
+    return next((dtype for dtype in kinds if getattr(torch, dtype).is_floating_point), None)
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    model: Factory | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Read a folder that :func:`save` wrote. The unpruned weights are never allocated, and no pickle is read.
+
+    Args:
+        directory: the folder.
+        model: builds the unpruned model, called without arguments under ``torch.device("meta")``. Needed for classes
+            that transformers does not have.
+        device: where the weights go.
+        dtype: of the floating-point weights; as saved by default.
+
+    Returns:
+        The model in eval mode; :func:`graphprune.report` says how it was made, and it can be pruned and saved again.
+
+    Raises:
+        GraphPruneError: when the folder is missing, foreign, incomplete or damaged, or does not fit ``model``.
+    """
+    folder = Path(directory)
+    place = _checked_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise GraphPruneError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
+    manifest = read_manifest(folder)
+    check_files(manifest, folder)
+    done = manifest.report(None)
+    built = _shaped_model(manifest, folder, done, model, dtype)
+    _put_weights(built, manifest, read_weights(manifest, folder, place, dtype))
+    refresh_torch_attributes(built)
+    _read_generation_config(built, folder)
+    _refuse_meta(built)
+    object.__setattr__(built, REPORT_ATTRIBUTE, done)
+    return built.eval()
+
+
+def _checked_device(device: Any) -> torch.device:
+    try:
+        place = torch.device(device)
+        if place.type != "meta":
+            torch.empty(0, device=place)
+            return place
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise GraphPruneError(f"device {device!r} cannot be used: {str(error).split(chr(10))[0]}") from error
+    raise GraphPruneError("device cannot be 'meta': that would load no weights.")
+
+
+def _shaped_model(
+    manifest: Manifest, folder: Path, done: Report, factory: Factory | None, dtype: torch.dtype | None
+) -> nn.Module:
+    """The model on meta with its attributes set, checked to have a place for every stored tensor.
+
+    Completes ``done``, and its history, with the config found on the way.
+    """
+    saved_dtype = _float_dtype(manifest)
+    built = empty_model(manifest, folder, factory, dtype or (getattr(torch, saved_dtype) if saved_dtype else None))
+    if done.base_config is None:
+        base_config = copy.deepcopy(getattr(built, "config", None))
+        for one in (done, *done.history):
+            one.base_config = base_config
+    for attribute, value in done.attributes.items():
+        _set_checked(built, attribute, value)
+    _check_fit(built, manifest)
+    _check_count(built, manifest, (*done.history, done)[0].parameters_before)
+    return built
+
+
+def _set_checked(model: nn.Module, attribute: Attribute, value: int) -> None:
+    """Set an attribute that comes from a file: only one that exists and is an integer."""
+    try:
+        if attribute.index is not None and attribute.index < 0:
+            raise IndexError(attribute.index)
+        get_attribute(model, attribute)
+        set_attribute(model, attribute, value)
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        raise GraphPruneError(
+            f"The folder sets {attribute} = {value}, but {type(model).__name__} has no such integer attribute: the "
+            "folder is damaged, or made for another version of the model."
+        ) from None
+
+
+def _check_fit(model: nn.Module, manifest: Manifest) -> None:
+    name = type(model).__name__
+    # Plain attributes come and go (caches): those that need a value and get none are found by _refuse_meta.
+    places = {key: place for key, place in held_tensors(model).items() if place.kind != "attribute"}
+    kinds = {key: stored.kind for key, stored in manifest.tensors.items()}
+    kinds |= {key: tie.kind for key, tie in manifest.ties.items()}
+    kinds = {key: kind for key, kind in kinds.items() if kind != "attribute"}
+    if missing := places.keys() - kinds.keys():
+        raise GraphPruneError(f"{name} has a tensor {min(missing)!r} of which the weights are not in the folder.")
+    if extra := kinds.keys() - places.keys():
+        raise GraphPruneError(f"The folder has weights for {min(extra)!r}, for which {name} has no place.")
+    for key, place in places.items():
+        if kinds[key] != place.kind:
+            raise GraphPruneError(f"{key} is a {place.kind} of {name}, but a {kinds[key]} in the folder.")
+        _check_shape(key, place.tensor.shape, manifest.tensors[_stored_name(manifest, key)].shape, place.kind)
+
+
+def _check_count(model: nn.Module, manifest: Manifest, before: int) -> None:
+    """The model that was pruned had exactly these parameters: finds a config or factory of another size."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    count = sum(parameters[key].numel() for key, stored in manifest.tensors.items() if stored.kind == "parameter")
+    if count != before:
+        raise GraphPruneError(
+            f"{type(model).__name__} has {count:,} parameters as it is built now, but {before:,} when it was pruned: "
+            "this is not the model that the folder was made from."
+        )
+
+
+def _stored_name(manifest: Manifest, name: str) -> str:
+    return manifest.ties[name].to if name in manifest.ties else name
+
+
+def _check_shape(key: str, before: torch.Size, after: tuple[int, ...], kind: str) -> None:
+    """Pruning only takes away. Buffers may have grown since: tables of positions do when a longer text comes."""
+    fits = len(before) == len(after)
+    if kind == "parameter":
+        fits = fits and all(small <= large for small, large in zip(after, before, strict=True))
+    if not fits:
+        raise GraphPruneError(
+            f"{key} has shape {list(after)}, which does not come from pruning {list(before)}: the model was changed "
+            "otherwise, or the folder is for another one."
+        )
+
+
+def _put_weights(model: nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
+    for name, stored in manifest.tensors.items():
+        if stored.kind == "parameter":
+            tensors[name] = nn.Parameter(tensors[name], requires_grad=stored.requires_grad)
+    for name, place in held_tensors(model).items():
+        source = _stored_name(manifest, name)
+        if source in tensors:  # a plain attribute may not have been there when the model was saved
+            replace_tensor(model, name, place.kind, tensors[source])
+
+
+def _read_generation_config(model: nn.Module, folder: Path) -> None:
+    if not (folder / GENERATION_CONFIG).is_file() or not hasattr(model, "generation_config"):
+        return
+    import transformers
+
+    data = read_json(folder / GENERATION_CONFIG)
+    try:
+        model.generation_config = transformers.GenerationConfig.from_dict(data)  # type: ignore[assignment]
+    except Exception as error:  # whatever strange values make it do
+        raise GraphPruneError(f"{folder / GENERATION_CONFIG} is no generation config: {error}.") from error
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(value)):
+                raise GraphPruneError(
+                    f"{type(model).__name__}: {path or 'the model'} keeps a tensor in {name!r} that is neither "
+                    "parameter nor buffer; its value cannot be restored. Make it a buffer (persistent=False)."
+                )

@@ -1,0 +1,69 @@
+"""Report ↔ plain data."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from graphprune.io.checked_json import of_kind, take
+from graphprune.ir.plan import Plan
+from graphprune.reporting import Report
+from graphprune.trace.provenance import Attribute
+
+_NUMBER = (int, float)
+
+
+def report_to_data(report: Report) -> dict[str, Any]:
+    """One report as JSON data; its history and its config are stored elsewhere."""
+    return {
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "oracle_error": report.oracle_error,
+        "seconds": report.seconds,
+        "total_seconds": report.total_seconds,
+        "attributes": [
+            {"owner": a.owner, "name": a.name, "index": a.index, "value": int(value)}
+            for a, value in report.attributes.items()
+        ],
+        "skipped": report.skipped,
+        "plan": json.loads(report.plan.to_json()),
+    }
+
+
+def report_from_data(data: Any, where: str, history: list[Report], base_config: Any) -> Report:
+    """Read what :func:`report_to_data` made; every field is checked.
+
+    Raises :class:`graphprune.GraphPruneError` naming ``where`` when something is missing or of the wrong type.
+    """
+    of_kind(data, dict, where)
+    plan = Plan.from_dict(take(data, "plan", dict, where))
+    return Report(
+        parameters_before=take(data, "parameters_before", int, where),
+        parameters_after=take(data, "parameters_after", int, where),
+        bytes_before=take(data, "bytes_before", int, where),
+        bytes_after=take(data, "bytes_after", int, where),
+        plan=plan,
+        oracle_error=take(data, "oracle_error", (*_NUMBER, type(None)), where),
+        skipped={k: of_kind(v, str, f"{where}: skipped") for k, v in take(data, "skipped", dict, where).items()},
+        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        attributes=_attributes(take(data, "attributes", list, where), f"{where}: attributes"),
+        seconds={k: of_kind(v, _NUMBER, f"{where}: seconds") for k, v in take(data, "seconds", dict, where).items()},
+        total_seconds=take(data, "total_seconds", _NUMBER, where),
+        history=history,
+        base_config=base_config,
+    )
+
+
+def _attributes(items: list[Any], where: str) -> dict[Attribute, int]:
+    found = {}
+    for item in items:
+        of_kind(item, dict, where)
+        attribute = Attribute(
+            take(item, "owner", str, where),
+            take(item, "name", str, where),
+            take(item, "index", (int, type(None)), where),
+        )
+        found[attribute] = take(item, "value", int, where)
+    return found
