@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import networkx
 import pydot
@@ -19,10 +19,7 @@ from graphprune.folding import Fold, by_key, common_name, fold_groups, starred
 from graphprune.inspection import Inspection
 from graphprune.ir.program import AxisMap, Member, NodeGroup
 
-if TYPE_CHECKING:
-    Graph = networkx.MultiDiGraph[str]
-else:
-    Graph = networkx.MultiDiGraph
+Graph: TypeAlias = networkx.MultiDiGraph
 
 FORMATS = (".dot", ".svg", ".png")
 
@@ -211,8 +208,9 @@ def _drawn_node(node: str, about: dict[str, Any]) -> pydot.Node:
     kind = about["kind"]
     lines = [f"{about['name']}{times}", f"size {about['size']}, {kind}"]
     lines += textwrap.wrap(_shown_reason(kind, about["reason"]), 44)
-    colours = {"fillcolor": _quoted(_FILL[kind]), "color": _quoted(_LINE[kind])}
-    return pydot.Node(node, shape="ellipse", margin="0.02", label=_quoted("\n".join(lines)), **colours)
+    fill, line = _quoted(_FILL[kind]), _quoted(_LINE[kind])
+    label = _quoted("\n".join(lines))
+    return pydot.Node(node, shape="ellipse", margin="0.02", label=label, fillcolor=fill, color=line)
 
 
 def _shown_reason(kind: str, reason: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Callable
 
+from graphprune.folding import fold_groups
 from graphprune.ir.program import NodeGroup, Program, describe_dims
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_SHOWN = 12  # members of a group that are listed
 
 
 class Inspection:
@@ -52,22 +52,14 @@ class Inspection:
                 lines.append(f"  {name}: {len(places)}×, first at {places[0]}")
         return "\n".join(lines)
 
-    def _folded(self, groups: list[NodeGroup], reason: Any) -> list[str]:
+    def _folded(self, groups: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[str]:
         """Groups that differ only in their block number are shown once, with a count."""
-        folded: dict[tuple, list[NodeGroup]] = {}
-        for group in groups:
-            key = (
-                _NUMBER.sub("*", group.name),
-                group.size,
-                _NUMBER.sub("*", reason(group)),
-                tuple(dict.fromkeys(_NUMBER.sub("*", str(m)) for m in group.members)),
-            )
-            folded.setdefault(key, []).append(group)
         lines = []
-        for (name, size, why, members), same in folded.items():
-            times = f"  ×{len(same)}" if len(same) > 1 else ""
-            lines.append(f"  {name}  size {size}{times}" + (f"  [{why}]" if why else ""))
-            lines += [f"      {member}" for member in members[:12]]
-            if len(members) > 12:
-                lines.append(f"      … {len(members) - 12} more")
+        for fold in fold_groups(groups, reason):
+            times = f"  ×{len(fold.groups)}" if len(fold.groups) > 1 else ""
+            why = f"  [{fold.reason}]" if fold.reason else ""
+            lines.append(f"  {fold.name}  size {fold.size}{times}{why}")
+            lines += [f"      {member}" for member in fold.members[:_SHOWN]]
+            if len(fold.members) > _SHOWN:
+                lines.append(f"      … {len(fold.members) - _SHOWN} more")
         return lines

@@ -32,6 +32,8 @@ class Plan:
     method: str = ""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:  # NaN is neither
+            raise GraphPruneError(f"The ratio of a plan is at least 0 and below 1, not {self.ratio}.")
         for name, kept in self.keep.items():
             size = self.sizes.get(name)
             if size is None:

@@ -35,6 +35,8 @@ def _is_dims(value: Any) -> bool:
     aten.masked_fill,
     aten.masked_fill_,
     aten.where,
+    aten.max.other,
+    aten.min.other,
     aten.softplus,
     aten.silu,
     aten.silu_,

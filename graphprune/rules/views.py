@@ -128,7 +128,7 @@ def squeeze(r: Rule, x: Dims, dim: Any = None) -> Dims:
     return tuple(axis for i, axis in enumerate(x) if i not in chosen or axis.size != 1)
 
 
-@rule(aten.expand)
+@rule(aten.expand, aten.broadcast_to)
 def expand(r: Rule, x: Dims, sizes: Sequence[Any], **options: Any) -> Dims:
     """Size 1 becomes a new axis of copies; other sizes stay."""
     shape = r.output_shape()
