@@ -108,7 +108,10 @@ class _Solver:
         if isinstance(expr.call, str):
             dims = self.tensors.get(expr.call)
         else:
-            dims = self.values.get(self.call_outputs.get(expr.call))  # type: ignore[arg-type]
+            made = self.call_outputs.get(expr.call)
+            if isinstance(made, list):
+                made = made[expr.output] if expr.output < len(made) else None
+            dims = self.values.get(made) if made is not None else None
             if isinstance(dims, list):
                 dims = dims[expr.output] if expr.output < len(dims) else None
         if dims is None or expr.dim >= len(dims):

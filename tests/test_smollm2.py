@@ -58,7 +58,11 @@ def test_query_heads_stay_with_their_kv_head(smollm2):
     for layer, small in zip(model.model.layers, pruned.model.layers, strict=True):
         heads = model.config.num_key_value_heads
         keys = layer.self_attn.k_proj.weight.view(heads, 64, -1)
-        kept = [i for i in range(heads) if any(torch.equal(keys[i], k) for k in small.self_attn.k_proj.weight.view(-1, 64, 576))]
+        kept = [
+            i
+            for i in range(heads)
+            if any(torch.equal(keys[i], k) for k in small.self_attn.k_proj.weight.view(-1, 64, 576))
+        ]
         assert kept
         queries = layer.self_attn.q_proj.weight.view(heads, 3 * 64, -1)
         outputs = layer.self_attn.o_proj.weight.view(-1, heads, 3 * 64)

@@ -2,6 +2,7 @@
 
 from graphprune.rules import (
     attention,
+    blocks,
     convolution,
     factories,
     indexing,
@@ -20,6 +21,7 @@ __all__ = [
     "Rule",
     "SizeUse",
     "attention",
+    "blocks",
     "convolution",
     "factories",
     "find_rule",

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, unroll
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import (
     META_KEY,
@@ -24,6 +26,7 @@ from graphprune.trace.provenance import (
     SizeInt,
     SizeRecorder,
     TensorArg,
+    moved,
     preserved_annotations,
     wrap_sizes,
 )
@@ -51,7 +54,7 @@ class Trace:
     input_names: list[str]
     outputs: list[fx.Node]
     sized_args: dict[fx.Node, tuple[tuple, dict]]
-    call_outputs: dict[int, fx.Node]
+    call_outputs: dict[int, fx.Node | list[fx.Node]]
     escapes: list[Escape] = field(default_factory=list)
 
     @property
@@ -116,16 +119,20 @@ class _Entry(nn.Module):
         return found
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
     """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
 
     ``inputs`` are real or meta tensors; nothing is computed with them. The model is not touched: what is traced is
-    a structural copy that shares its weights, in eval mode and without hooks.
+    a structural copy that shares its weights, in eval mode and without hooks. With ``fold`` equal blocks are traced
+    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without.
 
     Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
     """
-    recorder = SizeRecorder()
+    folder = Folder() if fold else None
+    recorder = SizeRecorder((lambda: folder.current) if folder else (lambda: None))
     skeleton = copy_structure(model).eval()
+    if folder is not None:
+        folder.install(skeleton)
     wrap_sizes(skeleton, recorder)
     leaves, spec = tree_flatten(inputs)
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -136,6 +143,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Trace:
             program = torch.export.export(entry, tuple(given), strict=False)
     except GraphPruneError:
         raise
+    except CannotFold:
+        return trace(model, inputs, fold=False)
     except Exception as error:
         raise _explain(model, error) from error
     return _read(program, recorder, given)
@@ -177,22 +186,25 @@ def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: 
         by_name[spec.arg.name] for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT
     ]
     sized_args, call_outputs, unmatched = _match_calls(program.graph, recorder.calls)
+    escapes = [*recorder.escapes, *unmatched]
+    copies, gone = unroll(program.graph, {name: by_name[placeholder] for placeholder, name in tensor_names.items()})
+    _repeat_facts(copies, gone, sized_args, call_outputs, escapes)
     return Trace(
         module=program.graph_module,
         tensor_names=tensor_names,
         constants=constants,
         inputs=given,
         input_names=input_names,
-        outputs=outputs,
+        outputs=[gone.get(node, node) for node in outputs],
         sized_args=sized_args,
         call_outputs=call_outputs,
-        escapes=[*recorder.escapes, *unmatched],
+        escapes=escapes,
     )
 
 
 def _match_calls(
     graph: fx.Graph, calls: dict[int, Call]
-) -> tuple[dict[fx.Node, tuple[tuple, dict]], dict[int, fx.Node], list[Escape]]:
+) -> tuple[dict[fx.Node, tuple[tuple, dict]], dict[int, fx.Node | list[fx.Node]], list[Escape]]:
     """Put the :class:`SizeInt` of every recorded torch call back into the arguments of the nodes it made."""
     made: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -200,7 +212,7 @@ def _match_calls(
         if node.op == "call_function" and number is not None and "val" in node.meta:
             made.setdefault(number, []).append(node)
     sized: dict[fx.Node, tuple[tuple, dict]] = {}
-    outputs: dict[int, fx.Node] = {}
+    outputs: dict[int, fx.Node | list[fx.Node]] = {}
     unmatched: list[Escape] = []
     for number, nodes in made.items():
         outputs[number] = [n for n in nodes if "getitem" not in n.name][-1] if len(nodes) > 1 else nodes[0]
@@ -210,8 +222,71 @@ def _match_calls(
         sizes = _Sizes(call)
         for node in nodes:
             sized[node] = sizes.put_into(node)
-        unmatched += [Escape(size.expr, source_line(nodes[-1])) for size in sizes.left_over()]
+        block = (nodes[-1].meta.get("custom") or {}).get(BLOCK_KEY)
+        unmatched += [Escape(size.expr, source_line(nodes[-1]), block) for size in sizes.left_over()]
     return sized, outputs, unmatched
+
+
+def _repeat_facts(
+    copies: list[Copy],
+    gone: dict[fx.Node, fx.Node],
+    sized_args: dict[fx.Node, tuple[tuple, dict]],
+    call_outputs: dict[int, fx.Node | list[fx.Node]],
+    escapes: list[Escape],
+) -> None:
+    """What is known of a traced block holds for its copies, with their names, and calls numbered anew."""
+    for number, nodes in _outputs_of_repeats(gone).items():
+        call_outputs[number] = nodes
+    numbers = count(max(call_outputs, default=0) + 1)
+    made_by = {node: number for number, node in call_outputs.items() if isinstance(node, fx.Node)}
+    for copy in copies:
+        new = {made_by[old]: next(numbers) for old in copy.nodes if old in made_by}
+
+        def rename(name: str, copy: Copy = copy) -> str:
+            inside = name == copy.original or name.startswith((f"{copy.original}.", f"{copy.original}@"))
+            return copy.path + name.removeprefix(copy.original) if inside else name
+
+        def move(value: Any, new: dict[int, int] = new, rename: Any = rename) -> Any:
+            if isinstance(value, SizeInt):
+                return SizeInt(int(value), moved(value.expr, rename, lambda number: new.get(number, number)))
+            if isinstance(value, (list, tuple)):
+                return type(value)(move(item, new, rename) for item in value)
+            return value
+
+        for old, made in copy.nodes.items():
+            if old in made_by:
+                call_outputs[new[made_by[old]]] = made
+            if old in sized_args:
+                args, kwargs = sized_args[old]
+                own = tuple(_other_nodes(move(a), copy.nodes, b) for a, b in zip(args, made.args, strict=True))
+                sized_args[made] = (
+                    own,
+                    {k: _other_nodes(move(v), copy.nodes, made.kwargs[k]) for k, v in kwargs.items()},
+                )
+        escapes += [
+            Escape(moved(e.expr, rename, lambda number, new=new: new.get(number, number)), e.where, copy.path)
+            for e in list(escapes)
+            if e.block == copy.original
+        ]
+
+
+def _other_nodes(value: Any, nodes: dict[fx.Node, fx.Node], made: Any) -> Any:
+    """``value`` of the original's arguments with the nodes of the copy's argument ``made``."""
+    if isinstance(value, fx.Node):
+        return made
+    if isinstance(value, (list, tuple)):
+        return type(value)(_other_nodes(v, nodes, m) for v, m in zip(value, made, strict=True))
+    return value
+
+
+def _outputs_of_repeats(gone: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:
+    """Number of the call that left a repeat node → the nodes of its outputs, in order."""
+    found: dict[int, list[tuple[int, fx.Node]]] = {}
+    for node, successor in gone.items():
+        number = (node.meta.get("custom") or {}).get(META_KEY)
+        if number is not None:
+            found.setdefault(number, []).append((node.args[1], successor))
+    return {number: [node for _, node in sorted(pairs, key=lambda p: p[0])] for number, pairs in found.items()}
 
 
 class _Sizes:

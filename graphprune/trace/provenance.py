@@ -62,12 +62,25 @@ class Combined:
 Expr = Attribute | Dim | Combined | int
 
 
+def moved(expr: Expr, rename: Callable[[str], str], renumber: Callable[[int], int]) -> Expr:
+    """The expression as a copy of a block would have it: names of modules and tensors, and numbers of calls, changed."""
+    if isinstance(expr, Combined):
+        return Combined(expr.op, moved(expr.left, rename, renumber), moved(expr.right, rename, renumber))
+    if isinstance(expr, Attribute):
+        return Attribute(rename(expr.owner), expr.name, expr.index)
+    if isinstance(expr, Dim):
+        call = rename(expr.call) if isinstance(expr.call, str) else renumber(expr.call)
+        return Dim(call, expr.output, expr.dim)
+    return expr
+
+
 @dataclass(frozen=True)
 class Escape:
-    """A size that entered arithmetic other than sizes."""
+    """A size that entered arithmetic other than sizes, while ``block`` (a module path) was traced."""
 
     expr: Expr
     where: str
+    block: str | None = None
 
 
 class SizeInt(int):
@@ -90,7 +103,7 @@ class SizeInt(int):
 
     def _escape(self) -> int:
         if self.recorder is not None:
-            self.recorder.escapes.append(Escape(self.expr, _caller()))
+            self.recorder.escapes.append(Escape(self.expr, _caller(), self.recorder.block()))
         return int(self)
 
     def __float__(self) -> float:
@@ -152,6 +165,7 @@ class Call:
 
 
 META_KEY = "graphprune_call"
+_SET_GRAD = torch._C._set_grad_enabled
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -162,8 +176,9 @@ class SizeRecorder(TorchFunctionMode):
     :class:`SizeInt`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: Callable[[], str | None] = lambda: None) -> None:
         super().__init__()
+        self.block = block  # the path of the repeated block that is being traced, if any
         self.calls: dict[int, Call] = {}
         self.escapes: list[Escape] = []
         self._number = 0
@@ -175,6 +190,10 @@ class SizeRecorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is _SET_GRAD:
+            # Left out of the graph: nothing here depends on it, and torch.export would split the graph around it.
+            with torch._C.DisableTorchFunction():
+                return func(*args)
         if func == _SHAPE_GETTER or (func is torch.Tensor.size and len(args) == 1 and not kwargs):
             return torch.Size([self._size_of(args[0], i, n) for i, n in enumerate(func(*args, **kwargs))])
         if func is torch.Tensor.size:
