@@ -19,6 +19,9 @@ def running_in(dtype: torch.dtype | None, substitutes: dict[int, Substitute] | N
     Conversions to a floating dtype that the model asks for go to ``dtype`` as well. ``substitutes`` maps ``id(tensor)``
     to a function that gives the tensor to use in its place. Nothing is kept: the memory is that of one weight.
     """
+    if dtype is None and not substitutes:
+        yield
+        return
     default = torch.get_default_dtype()
     try:
         if dtype is not None:

@@ -51,8 +51,8 @@ def _pinning(reason: str) -> Any:
 
 for _reason, _names in {
     "averaged": "mean std var std_mean var_mean nanmean",
-    "its largest or smallest is taken": "amax amin max.dim min.dim max.default min.default argmax argmin aminmax any all median.dim "
-    "mode kthvalue logsumexp",
+    "its largest or smallest is taken": "amax amin max.dim min.dim max.default min.default argmax argmin aminmax "
+    "any all median.dim mode kthvalue logsumexp",
     "multiplied up": "prod",
     "a norm over it is taken": "linalg_vector_norm",
 }.items():

@@ -6,10 +6,10 @@ import dataclasses
 import re
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -246,37 +246,32 @@ def _repeat_facts(
             inside = name == copy.original or name.startswith((f"{copy.original}.", f"{copy.original}@"))
             return copy.path + name.removeprefix(copy.original) if inside else name
 
-        def move(value: Any, new: dict[int, int] = new, rename: Any = rename) -> Any:
-            if isinstance(value, SizeInt):
-                return SizeInt(int(value), moved(value.expr, rename, lambda number: new.get(number, number)))
-            if isinstance(value, (list, tuple)):
-                return type(value)(move(item, new, rename) for item in value)
-            return value
+        def renumber(number: int, new: dict[int, int] = new) -> int:
+            return new.get(number, number)
 
         for old, made in copy.nodes.items():
             if old in made_by:
                 call_outputs[new[made_by[old]]] = made
             if old in sized_args:
                 args, kwargs = sized_args[old]
-                own = tuple(_other_nodes(move(a), copy.nodes, b) for a, b in zip(args, made.args, strict=True))
                 sized_args[made] = (
-                    own,
-                    {k: _other_nodes(move(v), copy.nodes, made.kwargs[k]) for k, v in kwargs.items()},
+                    tuple(_of_copy(a, b, rename, renumber) for a, b in zip(args, made.args, strict=True)),
+                    {key: _of_copy(value, made.kwargs[key], rename, renumber) for key, value in kwargs.items()},
                 )
         escapes += [
-            Escape(moved(e.expr, rename, lambda number, new=new: new.get(number, number)), e.where, copy.path)
-            for e in list(escapes)
-            if e.block == copy.original
+            Escape(moved(escape.expr, rename, renumber), escape.where, copy.path)
+            for escape in list(escapes)
+            if escape.block == copy.original
         ]
 
 
-def _other_nodes(value: Any, nodes: dict[fx.Node, fx.Node], made: Any) -> Any:
-    """``value`` of the original's arguments with the nodes of the copy's argument ``made``."""
-    if isinstance(value, fx.Node):
-        return made
+def _of_copy(value: Any, made: Any, rename: Callable[[str], str], renumber: Callable[[int], int]) -> Any:
+    """An argument of the original as the copy has it: ``made`` is the copy's argument, without known sizes."""
+    if isinstance(value, SizeInt):
+        return SizeInt(int(value), moved(value.expr, rename, renumber))
     if isinstance(value, (list, tuple)):
-        return type(value)(_other_nodes(v, nodes, m) for v, m in zip(value, made, strict=True))
-    return value
+        return type(value)(_of_copy(v, m, rename, renumber) for v, m in zip(value, made, strict=True))
+    return made
 
 
 def _outputs_of_repeats(gone: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:
@@ -285,7 +280,7 @@ def _outputs_of_repeats(gone: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]
     for node, successor in gone.items():
         number = (node.meta.get("custom") or {}).get(META_KEY)
         if number is not None:
-            found.setdefault(number, []).append((node.args[1], successor))
+            found.setdefault(number, []).append((cast(int, node.args[1]), successor))
     return {number: [node for _, node in sorted(pairs, key=lambda p: p[0])] for number, pairs in found.items()}
 
 

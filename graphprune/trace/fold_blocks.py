@@ -14,6 +14,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -70,44 +71,11 @@ def _noticing(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "floordiv",
-    "rfloordiv",
-    "truediv",
-    "rtruediv",
-    "mod",
-    "rmod",
-    "divmod",
-    "pow",
-    "rpow",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "bool",
-    "index",
-    "int",
-    "float",
-    "hash",
-    "neg",
-    "abs",
-    "str",
-    "repr",
-    "format",
-]:
+_LOOKS = (
+    "add radd sub rsub mul rmul floordiv rfloordiv truediv rtruediv mod rmod divmod pow rpow and or xor lshift rshift "
+    "eq ne lt le gt ge bool index int float hash neg abs str repr format"
+)
+for _name in _LOOKS.split(" "):
     if hasattr(int, f"__{_name}__"):
         setattr(Counter, f"__{_name}__", _noticing(f"__{_name}__"))
 
@@ -184,7 +152,7 @@ class Folder:
             raise CannotFold(f"{path} looks at its number")
         if versions != [tensor._version for tensor in entered]:
             raise CannotFold(f"{path} writes into its inputs")
-        if not all(isinstance(output, _PLAIN + (torch.Tensor,)) for output in outputs):
+        if not all(isinstance(output, (*_PLAIN, torch.Tensor)) for output in outputs):
             raise CannotFold(f"{path} returns an object that is no tensor")
         self._templates.setdefault(run, []).append(_Template(path, call, outputs, out_spec))
         return out
@@ -326,10 +294,15 @@ def unroll(graph: fx.Graph, placeholders: dict[str, fx.Node]) -> tuple[list[Copy
 
 
 def _moved_stack(node: fx.Node, original: str, path: str) -> Any:
+    """The innermost module of the node, under the name it has in the copy; nobody asks for the outer ones."""
     stack = node.meta.get("nn_module_stack") or {}
-    return {key: (_moved_path(value[0], original, path), *value[1:]) for key, value in stack.items()}
+    if not stack:
+        return stack
+    key, (where, *rest) = next(reversed(stack.items()))
+    return {key: (_moved_path(where, original, path), *rest)}
 
 
+@lru_cache(maxsize=4096)
 def _moved_path(text: str, original: str, path: str) -> str:
     head, found, tail = f"{text}.".partition(f".{original}.")
     return f"{head}.{path}.{tail}".rstrip(".") if found else text

@@ -63,7 +63,7 @@ Expr = Attribute | Dim | Combined | int
 
 
 def moved(expr: Expr, rename: Callable[[str], str], renumber: Callable[[int], int]) -> Expr:
-    """The expression as a copy of a block would have it: names of modules and tensors, and numbers of calls, changed."""
+    """The expression as a copy of a block would have it, its names and its call numbers changed."""
     if isinstance(expr, Combined):
         return Combined(expr.op, moved(expr.left, rename, renumber), moved(expr.right, rename, renumber))
     if isinstance(expr, Attribute):
