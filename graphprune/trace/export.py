@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, unroll
+from graphprune.trace.fold_blocks import BLOCK_KEY, Copy, Folder, unroll
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import (
     META_KEY,
@@ -141,11 +141,11 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
         with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(entry, tuple(given), strict=False)
-    except GraphPruneError:
-        raise
-    except CannotFold:
-        return trace(model, inputs, fold=False)
     except Exception as error:
+        if folder is not None and folder.runs:  # perhaps only because of the folding
+            return trace(model, inputs, fold=False)
+        if isinstance(error, GraphPruneError):
+            raise
         raise _explain(model, error) from error
     return _read(program, recorder, given)
 

@@ -55,10 +55,21 @@ def _(tensors: list[torch.Tensor], like: list[torch.Tensor], block: str) -> list
     return [torch.empty_like(tensor) for tensor in like]
 
 
-class Counter(int):
-    """A number that counts the blocks, such as a layer index: an int that notices when it is looked at."""
+class Counter:
+    """A number that counts the blocks, such as a layer index, and notices when it is looked at.
+
+    It is no subclass of int, because Python reads those (as an index of a list, say) without asking them.
+    """
 
     looked_at = False
+
+    def __init__(self, value: int):
+        self._value = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # type: ignore[override]
+        Counter.looked_at = True  # isinstance asks
+        return int
 
 
 def _noticing(name: str) -> Callable[..., Any]:
@@ -66,7 +77,7 @@ def _noticing(name: str) -> Callable[..., Any]:
 
     def method(self: Counter, *args: Any) -> Any:
         Counter.looked_at = True
-        return plain(self, *args)
+        return plain(self._value, *args)
 
     return method
 

@@ -116,8 +116,8 @@ def test_both_tools_remove_the_same_share(bench: ModuleType) -> None:
 def test_memory_is_seen(bench: ModuleType) -> None:
     bench.forget_peak()
     before = bench.peak()
-    held = torch.ones(32 * 2**20 // 4)
-    assert bench.peak() - before > 16 * 2**20
+    held = torch.ones(128 * 2**20 // 4)  # more than malloc keeps for itself: the pages are new
+    assert bench.peak() - before > 64 * 2**20
     assert bench.resident() > held.nbytes
 
 

@@ -1,0 +1,162 @@
+"""Tracing equal blocks once gives the graph that tracing all of them gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import graphprune
+from graphprune.passes import trace_model as trace_pass
+from graphprune.trace import export
+from graphprune.trace.fold_blocks import Counter, Folder, _runs
+from graphprune.trace.inputs import example_inputs_for
+
+
+class Block(nn.Module):
+    def __init__(self, number: int, width: int = 8, hidden: int = 12):
+        super().__init__()
+        self.number = number
+        self.heads = 4
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, x, offset):
+        y = self.up(x).relu()
+        y = y.view(*y.shape[:-1], self.heads, -1).flatten(-2)
+        return x + self.down(y) + offset, None
+
+
+class LooksAtItsNumber(Block):
+    def forward(self, x, offset):
+        x, none = super().forward(x, offset)
+        return (x if self.number % 2 else x.tanh()), none
+
+
+class WritesIntoItsInput(Block):
+    def forward(self, x, offset):
+        offset.add_(1.0)
+        return super().forward(x, offset)
+
+
+class Deep(nn.Module):
+    def __init__(self, kind=Block, depth=5, hidden=12):
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.blocks = nn.ModuleList(kind(i, hidden=hidden) for i in range(depth))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        offset = x.mean(0, keepdim=True).clone()
+        for block in self.blocks:
+            x, _ = block(x, offset)
+        return self.last(x)
+
+
+X = torch.randn(5, 7, 6)
+
+
+def targets(trace) -> list:
+    """The operators of a graph in order, without the borders of blocks."""
+    skip = (torch.ops.graphprune.enter.default,)
+    found = []
+    for node in trace.graph.nodes:
+        if node.target in skip or "getitem" in str(node.target):
+            continue
+        found.append((str(node.target) if node.op == "call_function" else node.name, export.module_path(node)))
+    return found
+
+
+def both(model, inputs):
+    return export.trace(model, inputs), export.trace(model, inputs, fold=False)
+
+
+def test_the_graph_is_the_same_and_blocks_were_folded():
+    model = Deep()
+    folded, full = both(model, ((X,), {}))
+    assert targets(folded) == targets(full)
+    borders = [n for n in folded.graph.nodes if n.target is torch.ops.graphprune.enter.default]
+    assert [n.args[1] for n in borders] == [f"blocks.{i}" for i in range(5)]
+
+
+def without_folding(monkeypatch):
+    monkeypatch.setattr(trace_pass, "trace", lambda model, inputs: export.trace(model, inputs, fold=False))
+
+
+@pytest.mark.parametrize("name", ["deep", "llama", "qwen2", "sequential"])
+def test_everything_downstream_is_the_same(name, monkeypatch):
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 101,
+    }
+    model = {
+        "deep": lambda: Deep(),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**settings)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**settings)),
+        "sequential": lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            *(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4)),
+        ),
+    }[name]()
+    inputs = {"deep": X, "sequential": torch.randn(5, 3, 7, 7)}.get(name)
+    text, pruned = str(graphprune.inspect(model, example_inputs=inputs)), None
+    pruned = graphprune.compile(model, 0.2, example_inputs=inputs, method="random")
+    without_folding(monkeypatch)
+    assert str(graphprune.inspect(model, example_inputs=inputs)) == text
+    other = graphprune.compile(model, 0.2, example_inputs=inputs, method="random")
+    assert graphprune.report(other).plan == graphprune.report(pruned).plan
+    assert graphprune.report(other).attributes == graphprune.report(pruned).attributes
+    assert all(torch.equal(a, b) for a, b in zip(pruned.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [LooksAtItsNumber, WritesIntoItsInput])
+def test_blocks_that_only_seem_equal_are_traced_in_full(kind):
+    folded, full = both(Deep(kind), ((X,), {}))
+    assert not [n for n in folded.graph.nodes if n.target is torch.ops.graphprune.enter.default]
+    assert targets(folded) == targets(full)
+    graphprune.compile(Deep(kind), 0.2, example_inputs=X)
+
+
+def test_blocks_of_other_sizes_or_with_shared_weights_are_no_run():
+    model = Deep()
+    assert list(_runs("blocks", model.blocks, set())) == [[f"blocks.{i}" for i in range(5)]]
+    model.blocks[2].up = nn.Linear(8, 16)
+    model.blocks[4].heads = 2
+    assert list(_runs("blocks", model.blocks, set())) == [["blocks.0", "blocks.1", "blocks.3"]]
+    tied = Deep()
+    for block in tied.blocks[1:]:
+        block.up = tied.blocks[0].up
+    folder = Folder()
+    folder.install(tied)
+    assert folder.runs == []
+    graphprune.compile(tied, 0.2, example_inputs=X)
+
+
+def test_a_counter_notices_being_looked_at():
+    for look in (lambda n: n + 1, lambda n: n == 1, lambda n: [5, 6][n], lambda n: {1: 2}[n], bool, str, float):
+        Counter.looked_at = False
+        look(Counter(1))
+        assert Counter.looked_at
+
+
+def test_depth_costs_little():
+    """Four times the depth makes four times the nodes from one traced block."""
+    nodes = {}
+    for depth in (4, 16):
+        config = LlamaConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=depth, num_attention_heads=4, vocab_size=101
+        )
+        model = LlamaForCausalLM(config)
+        inputs = example_inputs_for(model, torch.device("cpu"), torch.float32)
+        found = export.trace(model, inputs)
+        made = [n for n in found.graph.nodes if n.target is torch.ops.graphprune.enter.default]
+        assert len(made) == depth
+        nodes[depth] = sum(n.op == "call_function" for n in found.graph.nodes)
+    per_block = (nodes[16] - nodes[4]) / 12
+    assert per_block == int(per_block)
