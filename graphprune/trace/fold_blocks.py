@@ -67,7 +67,7 @@ class Counter:
         self._value = value
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:
         Counter.looked_at = True  # isinstance asks
         return int
 
