@@ -126,9 +126,6 @@ class Program:
     progress: Callable[[str], None] | None = None
     _masks: tuple[Plan, dict[Axis, torch.Tensor]] | None = None
 
-    def group_named(self, name: str) -> NodeGroup:
-        return next(group for group in self.need("groups") if group.name == name)
-
     def need(self, name: str) -> Any:
         """A field that an earlier pass must have set."""
         value = getattr(self, name)
