@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import graphprune.rules  # noqa: F401  (registers the rules)
 from graphprune.errors import GraphPruneError
@@ -58,8 +60,8 @@ def compile(
         method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (needs ``data``).
         data: calibration texts, a list of str (with ``tokenizer``), or a list of dicts of tensors for forward.
         tokenizer: turns a text into ``{"input_ids": [...]}``.
-        example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict. Their batch
-            and sequence sizes are best unlike any size in the model.
+        example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
+            device of the model. Their batch and sequence sizes are best unlike any size in the model.
         plan: a plan to replay instead of scoring; ``ratio`` and all choices below it are then not used.
         ranking: ``"per-layer"`` (every axis shrinks by the same share) or ``"global"`` (scores compared over axes).
         round_to: widths of weight dimensions stay multiples of this.
@@ -145,7 +147,7 @@ def _program(model: nn.Module, options: Options, example_inputs: Any) -> Program
     if example_inputs is None:
         inputs = example_inputs_for(model, first.device, first.dtype)
     else:
-        inputs = normalise(example_inputs)
+        inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to(first.device), normalise(example_inputs))
     return Program(model, inputs, options)
 
 

@@ -75,6 +75,8 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     if not _has_tensors(value):
         return None
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
+    if not _is_static(value) or not all(_is_static(source.meta.get("val")) for source in node.all_input_nodes):
+        return _unknown(axes, node, args, kwargs, "has a size that depends on values")
     rule = find_rule(node.target)
     speaker = Rule(node, axes.facts, source_line)
     out = None
@@ -127,6 +129,13 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _is_static(value: Any) -> bool:
+    """All sizes are numbers: none of them depends on the values of a tensor."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_static(item) for item in value)
+    return not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape)
+
+
 def _fits(out: Any, value: Any) -> bool:
     """The dims a rule returned have the traced shapes."""
     if isinstance(value, torch.Tensor):
@@ -145,6 +154,8 @@ def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str)
     for size in _sizes((args, kwargs)):
         axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), where))
     value = node.meta["val"]
+    if not _is_static(value):
+        return None  # it has no dims; whatever reads it is unknown in turn
     if isinstance(value, torch.Tensor):
         out: Any = dims_of(value.shape)
     else:

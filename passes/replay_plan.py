@@ -14,7 +14,8 @@ def replay_plan(plan: Plan) -> Pass:
     Raises :class:`GraphPruneError` when the plan was made for another architecture or touches a pinned axis.
     """
 
-    def run(program: Program) -> None:
+    @compiler_pass(requires=("groups",), ensures=("plan",))
+    def replay_plan(program: Program) -> None:
         groups = {group.name: group for group in program.need("groups")}
         for name, size in plan.sizes.items():
             group = groups.get(name)
@@ -28,5 +29,4 @@ def replay_plan(plan: Plan) -> Pass:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
         program.plan = plan
 
-    made = compiler_pass(requires=("groups",), ensures=("plan",))(run)
-    return Pass("replay_plan", made.run, made.requires, made.ensures)
+    return replay_plan

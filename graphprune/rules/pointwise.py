@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from graphprune.rules.registry import Dims, Rule, rule
+from graphprune.rules.views import cut_at, reshape
 
 aten = torch.ops.aten
 
@@ -100,8 +101,6 @@ def expand_as(r: Rule, x: Dims, other: Dims) -> Dims:
 
 @rule(aten.view_as, aten.reshape_as)
 def view_as(r: Rule, x: Dims, other: Dims) -> Dims:
-    from graphprune.rules.views import reshape
-
     return reshape(r, x, [axis.size for axis in other], sizes_from=other)
 
 
@@ -114,8 +113,6 @@ def prelu(r: Rule, x: Dims, weight: Dims) -> Dims:
 
 @rule(aten.glu)
 def glu(r: Rule, x: Dims, dim: int = -1) -> Dims:
-    from graphprune.rules.views import cut_at
-
     first, second = cut_at(r, x[dim], x[dim].size // 2)
     r.equal_sizes([first, second])
     r.same(first, second)

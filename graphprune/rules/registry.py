@@ -15,7 +15,6 @@ An operator without a rule pins everything it touches: less is pruned, never wro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,7 +159,3 @@ class Rule:
 def dims_of(shape: Sequence[int]) -> Dims:
     """Fresh axes for a shape."""
     return tuple(Axis(int(size)) for size in shape)
-
-
-def numel(axes: Sequence[Axis]) -> int:
-    return math.prod(axis.size for axis in axes)

@@ -9,7 +9,7 @@ import torch
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, reduce_to_leaves
 from graphprune.ir.program import Program
-from graphprune.passes.base import Pass, compiler_pass
+from graphprune.passes.base import compiler_pass
 
 # Leaf axis → score of each of its indices, float32 of shape (size,).
 Scores = dict[Axis, torch.Tensor]
@@ -41,7 +41,7 @@ def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
 
 
 @compiler_pass(requires=("prunable",), ensures=("scores",))
-def _score(program: Program) -> None:
+def score(program: Program) -> None:
     """Run the criterion that ``method`` names; groups it gives no score are left alone, with that reason."""
     name = program.options.method
     if name not in _CRITERIA:
@@ -60,6 +60,3 @@ def _score(program: Program) -> None:
             )
         else:
             program.scores[group.name] = values
-
-
-score = Pass("score", _score.run, _score.requires, _score.ensures)
