@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from itertools import count
 from typing import Any, cast
 
@@ -138,8 +141,7 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     entry = _Entry(skeleton, spec, leaves, recorder)
     try:
-        with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
     except Exception as error:
         if folder is not None and folder.runs:  # perhaps only because of the folding
@@ -148,6 +150,20 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
             raise
         raise _explain(model, error) from error
     return _read(program, recorder, given)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """torch.export prints the graph and logs guesses when it fails; the error that is raised says it better."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _explain(model: nn.Module, error: Exception) -> GraphPruneError:

@@ -58,7 +58,7 @@ def example_inputs_for(model: nn.Module, device: torch.device, dtype: torch.dtyp
         kwargs[name] = torch.randint(0, int(vocabulary), (batch, width), generator=generator)
 
     if model.main_input_name == "input_ids":
-        settings = config.get_text_config() if hasattr(config, "get_text_config") else config
+        settings = _text_settings(model, config)
         tokens("input_ids", settings)
         if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
             tokens("decoder_input_ids", settings)
@@ -87,3 +87,13 @@ def example_inputs_for(model: nn.Module, device: torch.device, dtype: torch.dtyp
         ):
             raise GraphPruneError(f"{type(model).__name__}.forward needs {name!r}: pass example_inputs=.")
     return (), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+
+def _text_settings(model: nn.Module, config: Any) -> Any:
+    """The part of the config that knows the vocabulary."""
+    try:
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+    except ValueError as error:
+        raise GraphPruneError(
+            f"{type(model).__name__} has several text parts ({error}): pass example_inputs=."
+        ) from error

@@ -167,3 +167,19 @@ def test_a_structure_is_copied_without_its_weights() -> None:
     assert all(a is b for a, b in zip(tensors(shared), tensors(model), strict=True))
     replaced = copy_structure(model, lambda t: nn.Parameter(t.detach() * 2))
     assert torch.equal(replaced.head.weight, model.head.weight * 2)
+
+
+def test_a_failed_trace_says_it_once(capfd):
+    """torch.export prints the graph it could not finish; the user gets one clear error instead."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    with pytest.raises(GraphPruneError, match="values of a tensor"):
+        trace(Branches(), ((torch.randn(3, 4),), {}))
+    assert capfd.readouterr() == ("", "")
