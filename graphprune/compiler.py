@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,9 +162,7 @@ def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_firs
             raise GraphPruneError("plan must be a graphprune.Plan; Plan.from_json reads one.")
         if ratio is not None:
             raise GraphPruneError("Give a ratio or a plan, not both.")
-    elif (
-        not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < 1 or not math.isfinite(ratio)
-    ):
+    elif not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio < 1:  # NaN is not either
         raise GraphPruneError(
             f"ratio is parameters removed / all parameters, between 0 and 1 (both excluded), not {ratio!r}."
         )

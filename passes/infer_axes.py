@@ -33,7 +33,8 @@ def infer_axes(program: Program) -> None:
             axes.values[node] = _call(found, axes, node)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
-    used = {canonical[name] for ph, name in found.tensor_names.items() if _is_used(found, ph)}
+    placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
+    used = {canonical[found.tensor_names[node.name]] for node in placeholders if node.name in found.tensor_names}
     for name, dims in tensors.items():
         if name not in used:
             _pin_all(dims, Pin("not used by forward"))
@@ -50,11 +51,6 @@ def _tensor_dims(program: Program) -> tuple[dict[str, str], dict[str, Dims]]:
         if canonical[name] == name:
             tensors[name] = dims_of(tensor.shape)
     return canonical, tensors
-
-
-def _is_used(found: Trace, placeholder: str) -> bool:
-    node = next(n for n in found.graph.nodes if n.name == placeholder)
-    return bool(node.users)
 
 
 def _placeholder(found: Trace, axes: AxisMap, node: fx.Node) -> Any:

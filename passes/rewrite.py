@@ -17,23 +17,23 @@ from graphprune.passes.base import compiler_pass
 from graphprune.trace.provenance import set_attribute
 from graphprune.trace.skeleton import copy_structure, names, tensors
 
-Slices = dict[str, dict[int, torch.Tensor]]  # tensor name → dimension → kept indices, int64, sorted
+Keep = dict[int, torch.Tensor]  # dimension → kept indices, int64, sorted
+Slices = dict[int, Keep]  # id of a tensor of the model → what to keep of it
 
 
 @compiler_pass(requires=("plan", "axes", "new_attributes"), ensures=("pruned",))
 def rewrite(program: Program) -> None:
     """Build the pruned model: a new one, or the given one changed in place with ``inplace``."""
     slices = collect_slices(program)
-    by_id = {id(tensor): name for name, tensor in reversed(names(program.model).items())}
     if program.options.inplace:
         program.pruned = program.model
         for tensor in list(tensors(program.model)):
-            if by_id[id(tensor)] in slices:
-                tensor.data = sliced(tensor, slices[by_id[id(tensor)]])
+            if id(tensor) in slices:
+                tensor.data = sliced(tensor, slices[id(tensor)])
                 tensor.grad = None
     else:
         program.pruned = copy_structure(
-            program.model, lambda tensor: like(tensor, sliced(tensor, slices.get(by_id[id(tensor)], {})))
+            program.model, lambda tensor: like(tensor, sliced(tensor, slices.get(id(tensor), {})))
         )
     finish(program, program.pruned)
 
@@ -50,20 +50,21 @@ def collect_slices(program: Program) -> Slices:
     axes = program.need("axes")
     masks = program.keep_masks()
     consumed = {(m.tensor, m.dim) for group in program.need("groups") for m in group.members if m.consumes}
+    held = names(program.model)
     slices: Slices = {}
 
     def collect(wanted: Callable[[str, int], bool]) -> None:
         for name, dims in axes.tensors.items():
             for dim, axis in enumerate(dims):
                 if wanted(name, dim) and (mask := dim_mask(axis, masks)) is not None:
-                    slices.setdefault(name, {})[dim] = mask.nonzero().flatten()
+                    slices.setdefault(id(held[name]), {})[dim] = mask.nonzero().flatten()
 
     collect(lambda name, dim: (name, dim) not in consumed)
     collect(lambda name, dim: (name, dim) in consumed)
     return slices
 
 
-def sliced(tensor: torch.Tensor, keep: dict[int, torch.Tensor]) -> torch.Tensor:
+def sliced(tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
     """A contiguous copy of ``tensor`` with only the kept indices of each dimension in ``keep``."""
     out = tensor.detach()
     if not keep:

@@ -40,12 +40,11 @@ def verify(program: Program) -> None:
 def verify_before_rewrite(program: Program) -> None:
     """The same proof before anything is changed, for ``inplace``: weights are sliced one at a time as they are used."""
     slices = collect_slices(program)
-    by_id = {id(tensor): name for name, tensor in reversed(names(program.model).items())}
     substitutes: dict[int, Substitute] = {}
 
     def stand_in(tensor: torch.Tensor) -> torch.Tensor:
-        keep = slices.get(by_id[id(tensor)], {})
-        if not keep:
+        keep = slices.get(id(tensor))
+        if keep is None:
             return tensor
         shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
         made = like(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(shape))

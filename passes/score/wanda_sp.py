@@ -29,15 +29,13 @@ def wanda_sp(program: Program) -> Scores:
     run_calibration(program.model, calibration_batches(program), norms)
     scores: Scores = {}
     for name, dim in sorted(consumers):
-        weight = tensors[name].detach()
-        if id(weight_key := tensors[name]) not in norms.squares:
+        weight, features = tensors[name], axes.tensors[name][dim]
+        squares = norms.squares.get(id(weight))
+        if squares is None:
             continue
+        if squares.numel() != features.size:  # a grouped convolution: its channels are groups of columns
+            squares = squares.view(-1, features.size).sum(0)
         others = [d for d in range(weight.ndim) if d != dim]
-        mean_weight = weight.abs().mean(others, dtype=weight.dtype).float()
-        squares, count = norms.squares[id(weight_key)], norms.counts[id(weight_key)]
-        features = axes.tensors[name][dim]
-        size = features.size
-        if squares.numel() != size:  # a grouped convolution: its channels are groups of columns
-            squares = squares.view(-1, size).sum(0)
-        add_to(scores, features, mean_weight * (squares / count).sqrt())
+        mean_weight = weight.detach().abs().mean(others).float()
+        add_to(scores, features, mean_weight * (squares / norms.counts[id(weight)]).sqrt())
     return scores
