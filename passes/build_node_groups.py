@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import fx
 
-from graphprune.ir.axes import Axis, factors, find, leaves, parts
+from graphprune.ir.axes import Axis, factors, find, inner_width, leaves, parts
 from graphprune.ir.program import AxisMap, Member, NodeGroup, Program
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims
@@ -40,6 +41,10 @@ def build_node_groups(program: Program) -> None:
                     group.outer = False
     for group in groups.values():
         group.modules = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in group.members))
+    for axis, of in axes.facts.multiples:
+        for leaf in set(leaves(axis)) & groups.keys():
+            group = groups[leaf]
+            group.multiple = math.lcm(group.multiple, of // math.gcd(of, inner_width(axis, leaf)))
     for node, dims in axes.values.items():
         if node.op == "call_function":
             for leaf in _leaves_of(dims):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis, find, leaves
+from graphprune.ir.axes import Axis, find, inner_width, leaves
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import NodeGroup, Order, Program
 from graphprune.ir.sizes import Polynomial
@@ -126,27 +126,16 @@ class _Blocks:
 def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
     """How many indices may be gone: every count that leaves at least one, and widths in multiples of ``round_to``.
 
+    Kernels may want multiples of their own.
+
     An axis that is a factor of a wider dimension (heads of 64) needs multiples of less.
     """
-    unit = 1
+    unit = group.multiple
     tensors = program.need("axes").tensors
     for member in group.members if round_to > 1 else ():
-        inner = _inner_width(tensors[member.tensor][member.dim], find(group.axis))
+        inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
     return [gone for gone in range(1, group.size) if (group.size - gone) % unit == 0]
-
-
-def _inner_width(dim: Axis, leaf: Axis) -> int:
-    """How many places of ``dim`` one index of ``leaf`` owns."""
-    dim = find(dim)
-    if dim is leaf:
-        return 1
-    if dim.kind == "leaf":
-        return 0
-    widths = [_inner_width(part, leaf) for part in dim.parts]
-    if dim.kind == "concat":
-        return sum(widths)
-    return sum(width * dim.size // find(part).size for width, part in zip(widths, dim.parts, strict=True))
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:

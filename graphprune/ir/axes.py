@@ -324,6 +324,19 @@ def reduce_to_leaves(axis: Axis, values: torch.Tensor) -> list[tuple[Axis, torch
     return out
 
 
+def inner_width(dim: Axis, leaf: Axis) -> int:
+    """How many places of ``dim`` one index of ``leaf`` owns."""
+    dim = find(dim)
+    if dim is leaf:
+        return 1
+    if dim.kind == "leaf":
+        return 0
+    widths = [inner_width(part, leaf) for part in dim.parts]
+    if dim.kind == "concat":
+        return sum(widths)
+    return sum(width * dim.size // find(part).size for width, part in zip(widths, dim.parts, strict=True))
+
+
 def describe(axis: Axis, name: Callable[[Axis], str] | None = None, top: bool = True) -> str:
     """``heads4·(rot8 + rot8)``: the axis as an expression of its leaves."""
     axis = find(axis)

@@ -51,7 +51,8 @@ class NodeGroup:
     """A basic node group: one leaf axis and all that must go together with it.
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
-    channel), False for an inner factor (a channel *of every* head).
+    channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
+    which is more than 1 where a kernel demands it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class NodeGroup:
     operators: list[fx.Node]
     outer: bool
     modules: list[str]
+    multiple: int = 1
 
     @property
     def size(self) -> int:

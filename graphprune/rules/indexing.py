@@ -14,21 +14,26 @@ _LOOKED_UP = "looked up by index"
 
 
 @rule(aten.index)
-def index(r: Rule, x: Dims, indices: Sequence[Dims | None]) -> Dims | None:
-    """Advanced indexing: the indexed dimensions are replaced by the broadcast dimensions of the indices."""
+def index(r: Rule, x: Dims, indices: Sequence[Dims | None], written: Dims | None = None) -> Dims | None:
+    """Advanced indexing: the indexed dimensions are replaced by the broadcast dimensions of the indices.
+
+    ``written`` are the values that are put there, if this is no reading.
+    """
     if len(indices) > len(x):
         return None
     used = [i for i, one in enumerate(indices) if one is not None]
     for i in used:
         r.pin(x[i], _LOOKED_UP)
     picked = r.broadcast(*(one for one in indices if one is not None))
-    shape = r.output_shape()
-    if len(shape) != len(picked) + len(x) - len(used):
+    if written is None and len(r.output_shape()) != len(picked) + len(x) - len(used):
         return None  # a boolean mask: its size is not known
     adjacent = used == list(range(used[0], used[-1] + 1))
     before = [axis for i, axis in enumerate(x) if i < used[0]] if adjacent else []
     after = [axis for i, axis in enumerate(x) if i not in used and not (adjacent and i < used[0])]
-    return (*before, *picked, *after)
+    out = (*before, *picked, *after)
+    if written is not None:
+        r.broadcast(out, written)
+    return out
 
 
 @rule(aten.index_select)
@@ -50,6 +55,52 @@ def gather(r: Rule, x: Dims, dim: int, indices: Dims, **options: Any) -> Dims:
             r.pin(axis, _LOOKED_UP)
             r.pin(other, _LOOKED_UP)
     return indices
+
+
+def _pair(r: Rule, x: Dims, other: Dims, dim: int) -> None:
+    """``x`` and ``other`` go together index by index, but for ``dim``, where ``x`` is looked up."""
+    r.pin(x[dim], _LOOKED_UP)
+    for i, (axis, mate) in enumerate(zip(x, other, strict=True)):
+        if i == dim % len(x):
+            r.pin(mate, _LOOKED_UP)
+        elif axis.size == mate.size:
+            r.same(axis, mate)
+        else:
+            r.pin(axis, _LOOKED_UP)
+            r.pin(mate, _LOOKED_UP)
+
+
+@rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
+def scatter(r: Rule, x: Dims, dim: int, indices: Dims, source: Any, *options: Any, **more: Any) -> Dims:
+    """``x`` with values written (or added) where ``indices`` say; other dimensions go index by index."""
+    _pair(r, x, indices, dim)
+    if isinstance(source, tuple):
+        _pair(r, x, source, dim)
+    return x
+
+
+@rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
+def index_add(r: Rule, x: Dims, dim: int, indices: Dims, source: Dims, **more: Any) -> Dims:
+    """``x[indices] += source`` along ``dim``; the other dimensions go together."""
+    _pair(r, x, source, dim)
+    for axis in indices:
+        r.pin(axis, _LOOKED_UP)
+    return x
+
+
+@rule(aten.index_fill, aten.index_fill_)
+def index_fill(r: Rule, x: Dims, dim: int, indices: Dims, value: Any) -> Dims:
+    r.pin(x[dim], _LOOKED_UP)
+    return x
+
+
+@rule(aten.index_put, aten.index_put_)
+def index_put(
+    r: Rule, x: Dims, indices: Sequence[Dims | None], values: Dims, accumulate: bool = False
+) -> Dims | None:
+    """``x[indices] = values``: what ``index`` would read is what is written."""
+    place = index(r, x, indices, written=values)
+    return None if place is None else x
 
 
 @rule(aten.one_hot)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from graphprune.rules.registry import Dims, Rule, rule
+from graphprune.rules.registry import Dims, Rule, rule, rule_by_name
 
 aten = torch.ops.aten
 
@@ -92,3 +92,26 @@ def bilinear(r: Rule, x: Dims, y: Dims, weight: Dims, bias: Dims | None = None) 
     if bias is not None:
         r.same(weight[0], bias[0])
     return (*r.broadcast(x[:-1], y[:-1]), weight[0])
+
+
+def grouped(r: Rule, x: Dims, weight: Dims, offsets: Dims | None = None, bias: Any = None, *options: Any) -> Dims | None:
+    """``y[i] = x[i] @ weight[e]`` where ``offsets[e-1] ≤ i < offsets[e]``: x ``(S, K)``, weight ``(E, K, N)``.
+
+    Which rows belong to which expert is written in numbers, so rows and experts stay. The kernels want rows of whole
+    16 bytes.
+    """
+    if len(x) != 2 or len(weight) != 3 or offsets is None or isinstance(bias, tuple):
+        return None
+    r.pin(x[0], "rows that belong to experts")
+    r.pin(weight[0], "experts that rows belong to")
+    r.pin(offsets[0], "experts that rows belong to")
+    r.same(x[1], weight[1])
+    r.contract(0, -1, weight=(1, 1))
+    per_16_bytes = 16 // r.node.meta["val"].element_size()
+    r.multiple(x[1], per_16_bytes)
+    r.multiple(weight[2], per_16_bytes)
+    return (x[0], weight[2])
+
+
+rule(aten._grouped_mm)(grouped)
+rule_by_name("transformers::grouped_mm_fallback")(grouped)

@@ -101,3 +101,11 @@ def ordering(r: Rule, x: Dims, *options: Any, **more: Any) -> Any:
         return tuple(r.fresh(shape[i], "sorted") if i == dim else axis for i, axis in enumerate(x))
 
     return [one(i) for i in range(len(value))] if isinstance(value, (tuple, list)) else one(None)
+
+
+@rule(aten.histc, aten.bincount)
+def histogram(r: Rule, x: Dims, bins: Any = 100, *options: Any, **more: Any) -> Dims:
+    """Counts of values: which index holds which value does not matter, but each one counts."""
+    for axis in x:
+        r.pin(axis, "counted")
+    return tuple(r.fresh(size, "counts") for size in r.output_shape())

@@ -29,6 +29,7 @@ Dims = tuple[Axis, ...]
 RuleFunction = Callable[..., Any]
 
 _RULES: dict[Any, RuleFunction] = {}
+_BY_NAME: dict[str, RuleFunction] = {}
 
 
 def rule(*operators: Any) -> Callable[[RuleFunction], RuleFunction]:
@@ -42,9 +43,21 @@ def rule(*operators: Any) -> Callable[[RuleFunction], RuleFunction]:
     return register
 
 
+def rule_by_name(*names: str) -> Callable[[RuleFunction], RuleFunction]:
+    """Like :func:`rule` for operators of libraries that need not be there: ``"library::operator"``."""
+
+    def register(function: RuleFunction) -> RuleFunction:
+        for name in names:
+            _BY_NAME[name] = function
+        return function
+
+    return register
+
+
 def find_rule(operator: Any) -> RuleFunction | None:
     """The rule of an operator: of the exact overload, else of its packet, else the pointwise rule if tagged so."""
-    found = _RULES.get(operator) or _RULES.get(getattr(operator, "overloadpacket", None))
+    packet = getattr(operator, "overloadpacket", None)
+    found = _RULES.get(operator) or _RULES.get(packet) or _BY_NAME.get(str(getattr(packet, "_qualified_op_name", "")))
     if found is None and torch.Tag.pointwise in getattr(operator, "tags", ()):
         return _RULES["pointwise"]
     return found
@@ -80,6 +93,7 @@ class Facts:
     contractions: list[Contraction] = field(default_factory=list)
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
+    multiples: list[tuple[Axis, int]] = field(default_factory=list)
 
 
 class Rule:
@@ -149,6 +163,11 @@ class Rule:
     def equal_sizes(self, axes: Sequence[Axis]) -> None:
         """The axes must shrink by the same count (the parts of ``chunk``)."""
         self._facts.equal_sizes.append((list(axes), self.where))
+
+    def multiple(self, axis: Axis, of: int) -> None:
+        """The kernel of this operator only takes sizes of ``axis`` that are multiples of ``of``."""
+        if of > 1:
+            self._facts.multiples.append((axis, of))
 
     def output_shape(self, index: int | None = None) -> tuple[int, ...]:
         """The shape of the node's output as traced."""

@@ -1,0 +1,304 @@
+"""Compile every architecture that transformers registers, and say what became of each.
+
+    python tools/coverage.py                     # everything: COVERAGE.md
+    python tools/coverage.py --types llama bert  # some, to the terminal
+
+For each type a small random model is built (:mod:`tiny_models`), pruned by a quarter, and proven by the oracle:
+
+    OK       compiled, proven; generates the same with and without a cache if the dense model does
+    WRONG    the oracle or generation disagrees: a bug
+    FORWARD  the pruned model does not run: a bug
+    BUG      compile raised something that is no GraphPruneError: a bug
+    REFUSED  compile said why it cannot
+    BUILD    no small model of this type can be built, or run, from a config alone, by transformers itself
+
+Exits with 1 on any WRONG, FORWARD or BUG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import track
+from tiny_models import CannotBuild, non_embedding, tiny_models
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+import graphprune
+from graphprune.errors import GraphPruneError
+from graphprune.trace.inputs import example_inputs_for
+
+RATIO = 0.25
+SECONDS = 150  # for one type
+MEMORY = 8 << 30  # bytes of address space beyond what the parent has
+BUGS = ("WRONG", "FORWARD", "BUG")
+CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+# Where a type is registered several times, the class with the most of it is taken: a whole model before its backbone.
+MAPPINGS = (
+    CAUSAL,
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "MODEL_FOR_CTC_MAPPING_NAMES",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+)
+
+
+@dataclass
+class Result:
+    """What became of one type. ``share``: of the non-embedding parameters, those on a prunable axis."""
+
+    model_type: str
+    cls: str
+    status: str
+    reason: str = ""
+    parameters: int = 0
+    share: float = 0.0
+    ratio: float = 0.0
+    error: float = 0.0
+    seconds: float = 0.0
+    generates: str = ""
+    unruled: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+
+
+def registered() -> dict[str, tuple[str, bool]]:
+    """Model type → (class name, whether it is a causal LM), for every type in any of the auto classes."""
+    found: dict[str, tuple[str, bool]] = {}
+    others = sorted(name for name in vars(modeling_auto) if name.endswith("MAPPING_NAMES"))
+    order = [*MAPPINGS, *(n for n in others if n not in (*MAPPINGS, "CONFIG_MAPPING_NAMES", "MODEL_MAPPING_NAMES"))]
+    for mapping in [*order, "MODEL_MAPPING_NAMES"]:
+        for model_type, cls in getattr(modeling_auto, mapping).items():
+            name = cls if isinstance(cls, str) else cls[0]
+            found.setdefault(model_type, (name, mapping == CAUSAL))
+    return found
+
+
+def cover(model_type: str, cls_name: str) -> Result:
+    """Build, compile and compare one type; never raises."""
+    out = Result(model_type, cls_name, "BUILD")
+    try:
+        model = _running_model(model_type, getattr(transformers, cls_name))
+    except (CannotBuild, ImportError, AttributeError, GraphPruneError) as error:
+        out.reason = _line(error)
+        return out
+    out.parameters = sum(p.numel() for p in model.parameters())
+    start = time.perf_counter()
+    try:
+        pruned = graphprune.compile(model, RATIO, method="random")
+    except GraphPruneError as error:
+        out.status, out.reason = _status_of(error), _line(error)
+        if "cannot be reached" in out.reason:
+            _look(model, out)
+        return out
+    except Exception as error:
+        traceback.print_exc()
+        out.status, out.reason = "BUG", f"{type(error).__name__}: {_line(error)}"
+        return out
+    out.seconds = time.perf_counter() - start
+    report = graphprune.report(pruned)
+    out.status, out.ratio, out.error = "OK", report.ratio, report.oracle_error or 0.0
+    _look(model, out)
+    _generation(model, pruned, out)
+    return out
+
+
+def _running_model(model_type: str, cls: type[nn.Module]) -> nn.Module:
+    """The first tiny model whose own forward runs on example inputs."""
+    reason: Exception | None = None
+    for model in tiny_models(model_type, cls):
+        args, kwargs = example_inputs_for(model, torch.device("cpu"), torch.float32)
+        try:
+            with torch.no_grad():
+                model(*args, **kwargs)
+            return model
+        except Exception as error:
+            reason = reason or error
+    raise CannotBuild(f"it does not run: {type(reason).__name__}: {reason}")
+
+
+def _status_of(error: GraphPruneError) -> str:
+    text = str(error)
+    if "does not compute what" in text:
+        return "WRONG"
+    if "does not run" in text:
+        return "FORWARD"
+    return "BUG" if "bug in graphprune" in text else "REFUSED"
+
+
+def _look(model: nn.Module, out: Result) -> None:
+    found = graphprune.inspect(model)
+    sizes = non_embedding(model)
+    on = {member.tensor for group in found.prunable for member in group.members}
+    out.share = sum(size for name, size in sizes.items() if name in on) / max(1, sum(sizes.values()))
+    out.unruled = tuple(f"{name} ({len(places)}×, {places[0]})" for name, places in found.unruled.items())
+    held: Counter[str] = Counter()
+    for group in found.groups:
+        if group.name in found.skipped:
+            for member in group.members:
+                if member.tensor in sizes and member.tensor not in on:
+                    held[f"{group.name}: {found.skipped[group.name]}"] += sizes[member.tensor]
+    out.pinned = tuple(f"{size:,} {reason}" for reason, size in held.most_common(6))
+
+
+def _generation(model: nn.Module, pruned: nn.Module, out: Result) -> None:
+    """Greedy generation with a cache must equal generation without, where it does so for the dense model."""
+    if not (hasattr(model, "generate") and hasattr(model, "can_generate") and model.can_generate()):
+        return
+    dense = _same_with_cache(model)
+    if dense is not True:
+        out.generates = "not by itself"
+        return
+    found = _same_with_cache(pruned)
+    out.generates = "same" if found is True else "differs"
+    if found is not True:
+        out.status, out.reason = "WRONG", f"generation with a cache differs from without: {found}"
+
+
+def _same_with_cache(model: nn.Module) -> bool | str:
+    _, inputs = example_inputs_for(model, torch.device("cpu"), torch.float32)
+    prompt = {name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    prompt.pop("decoder_input_ids", None)
+    prompt.pop("attention_mask", None)
+    options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "num_beams": 1, "output_logits": True}
+    options |= {"return_dict_in_generate": True, "pad_token_id": 0}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with_cache = model.generate(**prompt, **options, use_cache=True)
+            without = model.generate(**prompt, **options, use_cache=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {_line(error)}"
+    for a, b in zip(with_cache.logits, without.logits, strict=True):
+        if float((a - b).abs().max()) > 1e-3 * max(1.0, float(b.abs().max())):
+            return f"logits differ by {float((a - b).abs().max()):.3g}"
+    return True
+
+
+def _line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error))[:400] or type(error).__name__
+
+
+def _child(model_type: str, cls_name: str, to: Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    start = time.perf_counter()
+    try:
+        result = cover(model_type, cls_name)
+    except MemoryError:
+        result = Result(model_type, cls_name, "BUILD", "needs more memory than this run gives one model")
+    except Exception as error:
+        result = Result(model_type, cls_name, "BUG", f"{type(error).__name__}: {_line(error)}")
+    result.seconds = result.seconds or time.perf_counter() - start
+    to.send(result)
+    to.close()
+
+
+def cover_all(types: dict[str, tuple[str, bool]], processes: int) -> Iterable[Result]:
+    """Every type in a process of its own, forked from this one so that imports are paid once."""
+    context = multiprocessing.get_context("fork")
+    waiting = list(types.items())
+    running: dict[Any, tuple[Any, str, str, float]] = {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            model_type, (cls_name, _) = waiting.pop(0)
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(model_type, cls_name, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            running[mine] = (process, model_type, cls_name, time.monotonic() + SECONDS)
+        done = wait(list(running), timeout=1)
+        late = [pipe for pipe, (*_, end) in running.items() if time.monotonic() > end and pipe not in done]
+        for pipe in [*done, *late]:
+            process, model_type, cls_name, _ = running.pop(pipe)
+            try:
+                result = pipe.recv() if pipe in done else Result(model_type, cls_name, "BUILD", f"over {SECONDS} s")
+            except EOFError:
+                result = Result(model_type, cls_name, "BUG", "its process died")
+            if pipe in late:
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            yield result
+
+
+def table(results: list[Result], title: str) -> str:
+    """One Markdown section: the counts, then a row per type."""
+    counts = Counter(result.status for result in results)
+    ok = [result for result in results if result.status == "OK"]
+    wide = sum(result.share >= 0.95 for result in ok)
+    seconds = sorted(result.seconds for result in ok)
+    lines = [f"## {title}", "", f"{len(results)} types: " + ", ".join(f"{n} {s}" for s, n in counts.most_common()) + "."]
+    if ok:
+        lines.append(
+            f"In {wide} of the {len(ok)} OK ones at least 95% of the non-embedding parameters lie on prunable axes. "
+            f"Median compile time {seconds[len(seconds) // 2]:.2f} s."
+        )
+    lines += ["", "| type | class | | prunable | ratio | oracle | generate | s | |", "|---|---|---|--:|--:|--:|---|--:|---|"]
+    for r in sorted(results, key=lambda result: result.model_type):
+        figures = f"{r.share:.1%} | {r.ratio:.3f} | {r.error:.0e}" if r.status == "OK" else " | | "
+        note = (r.reason or (r.pinned[0] if r.share < 0.95 and r.pinned else "")).replace("|", "/")[:160]
+        lines.append(f"| {r.model_type} | {r.cls} | {r.status} | {figures} | {r.generates} | {r.seconds:.1f} | {note} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", help="only these model types, to the terminal")
+    parser.add_argument("--causal", action="store_true", help="only causal language models")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every result there as well")
+    parser.add_argument("-o", "--output", type=Path, help="write the tables there (COVERAGE.md)")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    types = {
+        name: value
+        for name, value in registered().items()
+        if (not options.types or name in options.types) and (value[1] or not options.causal)
+    }
+    results = list(track(cover_all(types, options.processes), total=len(types), description="Compiling"))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    causal = [result for result in results if types[result.model_type][1]]
+    others = [result for result in results if not types[result.model_type][1]]
+    sections = [table(part, title) for part, title in ((causal, "Causal language models"), (others, "All others")) if part]
+    text = "\n\n".join(["# Coverage", f"transformers {transformers.__version__}, torch {torch.__version__}.", *sections])
+    if options.output:
+        options.output.write_text(text + "\n")
+    else:
+        print(text)
+    return int(any(result.status in BUGS for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
