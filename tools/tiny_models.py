@@ -30,7 +30,8 @@ _LAYERS = re.compile(
     r"^(n_layers?|depth|num_blocks|(num_|n_)?(encoder_|decoder_|hidden_|\w+_)?layers|e_layers|d_layers)$"
 )
 _HEADS = re.compile(r"(^|_)(n_?heads?|heads|n_head_kv|num_key_value_groups|num_query_groups)($|_per)|n_heads?$|_heads$")
-_HEAD_WIDTH = re.compile(
+_HEAD_FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")
+_WIDTH = re.compile(
     r"(head_dim|head_size|dim_head|d_head|headdim|d_kv|^kv_channels|rotary_dim|mrope_section|qk_\w+_dim|head_width)$"
 )
 _EXPERTS = re.compile(r"(^|_)(experts|num_experts|n_routed_experts|expert_num|num_local_experts)$")
@@ -42,6 +43,7 @@ _FIXED = re.compile(
     r"batch|cycles|ngram|layer_start|layer_end|queries|iters|num_classes|feature_layer|hop_length|n_fft|conv_cache|"
     r"d_conv|_step$|num_hashes|before$|after$|merge|tiles|temporal|shared_experts|hc_|num_feature|lags|expansion)"
 )
+_FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")
 _WIDTH = re.compile(
     r"(size|dim|dims|width|d_model|d_ff|dff|ffn|inner|n_embd|n_inner|embd|channels?|rank|filters|features|planes|"
     r"d_ssm|embed|hidden|units|sizes)$|_dim_|_size_|intermediate_size"
@@ -50,19 +52,24 @@ _WIDTH = re.compile(
 
 # What the default config of a type leaves open or contradicts itself in, so that not even it can be built.
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 OPEN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 64,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 64], "axial_pos_embds_dim": [4, 12]},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
@@ -90,7 +97,7 @@ def tiny_models(model_type: str, cls: type[nn.Module]) -> Iterator[nn.Module]:
                 continue
             torch.manual_seed(0)
             model = randomise(cls(config).float().eval())
-        except Exception as error:  # whatever a constructor thinks of a config; the reason is kept
+        except Exception as error:  # noqa: BLE001  (whatever a constructor thinks of a config; the reason is kept)
             reasons.append(f"{type(error).__name__}: {error}")
             continue
         found = True
@@ -103,7 +110,7 @@ def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedCon
     kind = CONFIG_MAPPING[model_type]
     try:
         default = kind()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         reasons.append(f"its default config: {type(error).__name__}: {error}")
         default = None
     for heads, width in FACTORS:
@@ -111,7 +118,7 @@ def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedCon
             try:
                 settings = {} if default is None else _settings(default, heads, width, with_kinds)
                 yield kind(**_merged(settings, OPEN.get(model_type, {})))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 reasons.append(f"{type(error).__name__}: {error}")
 
 
@@ -127,7 +134,9 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(settings[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(settings.get(k), dict)}
+    both = {
+        k: _merged(settings[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(settings.get(k), dict)
+    }
     return {**settings, **more, **both}
 
 
@@ -150,6 +159,12 @@ def _settings(config: PretrainedConfig, heads: int, width: int, with_kinds: bool
             out[name] = _numbers(name, list(value), config, heads, width, vocabulary)
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             out[name] = _rope(value, width)
+        elif name == "per_layer_config" and isinstance(value, dict):
+            out[name] = {
+                layer: {key: _number(key, v, config, heads, width, vocabulary) for key, v in own.items()}
+                for layer, own in value.items()
+                if isinstance(own, dict) and int(layer) < layers_needed(config)
+            }
         elif with_kinds and name in _KINDS and isinstance(value, (list, tuple)):
             out[name] = list(value[: layers_needed(config)])
     for name, value in _filled(config).items():
@@ -208,9 +223,11 @@ def _number(name: str, value: int, config: PretrainedConfig, heads: int, width: 
     if _HEAD_WIDTH.search(name):
         return max(1, value // width)
     if _HEADS.search(name):
-        return max(1, value // heads)
+        return max(min(value, 2), value // heads)
     if _FIXED.search(name):
         return value
+    if _FREE_WIDTH.search(name):  # tied to no other; some kernels want multiples
+        return max(8, value // (heads * width) // 8 * 8)
     if _WIDTH.search(name):
         return max(1, value // (heads * width))
     return value

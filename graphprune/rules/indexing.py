@@ -95,9 +95,7 @@ def index_fill(r: Rule, x: Dims, dim: int, indices: Dims, value: Any) -> Dims:
 
 
 @rule(aten.index_put, aten.index_put_)
-def index_put(
-    r: Rule, x: Dims, indices: Sequence[Dims | None], values: Dims, accumulate: bool = False
-) -> Dims | None:
+def index_put(r: Rule, x: Dims, indices: Sequence[Dims | None], values: Dims, accumulate: bool = False) -> Dims | None:
     """``x[indices] = values``: what ``index`` would read is what is written."""
     place = index(r, x, indices, written=values)
     return None if place is None else x

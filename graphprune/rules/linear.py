@@ -94,7 +94,9 @@ def bilinear(r: Rule, x: Dims, y: Dims, weight: Dims, bias: Dims | None = None) 
     return (*r.broadcast(x[:-1], y[:-1]), weight[0])
 
 
-def grouped(r: Rule, x: Dims, weight: Dims, offsets: Dims | None = None, bias: Any = None, *options: Any) -> Dims | None:
+def grouped(
+    r: Rule, x: Dims, weight: Dims, offsets: Dims | None = None, bias: Any = None, *options: Any
+) -> Dims | None:
     """``y[i] = x[i] @ weight[e]`` where ``offsets[e-1] ≤ i < offsets[e]``: x ``(S, K)``, weight ``(E, K, N)``.
 
     Which rows belong to which expert is written in numbers, so rows and experts stay. The kernels want rows of whole

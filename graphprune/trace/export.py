@@ -225,7 +225,8 @@ def _match_calls(
     made: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         number = (node.meta.get("custom") or {}).get(META_KEY)
-        if node.op == "call_function" and number is not None and "val" in node.meta:
+        # An assertion about a tensor stands behind the call that made it and carries its number.
+        if node.op == "call_function" and number is not None and node.meta.get("val") is not None:
             made.setdefault(number, []).append(node)
     sized: dict[fx.Node, tuple[tuple, dict]] = {}
     outputs: dict[int, fx.Node | list[fx.Node]] = {}
