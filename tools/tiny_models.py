@@ -30,8 +30,7 @@ _LAYERS = re.compile(
     r"^(n_layers?|depth|num_blocks|(num_|n_)?(encoder_|decoder_|hidden_|\w+_)?layers|e_layers|d_layers)$"
 )
 _HEADS = re.compile(r"(^|_)(n_?heads?|heads|n_head_kv|num_key_value_groups|num_query_groups)($|_per)|n_heads?$|_heads$")
-_HEAD_FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")
-_WIDTH = re.compile(
+_HEAD_WIDTH = re.compile(
     r"(head_dim|head_size|dim_head|d_head|headdim|d_kv|^kv_channels|rotary_dim|mrope_section|qk_\w+_dim|head_width)$"
 )
 _EXPERTS = re.compile(r"(^|_)(experts|num_experts|n_routed_experts|expert_num|num_local_experts)$")
