@@ -19,6 +19,7 @@ from graphprune.ir.program import Program, dim_mask
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.rules.registry import Contraction
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
@@ -123,13 +124,12 @@ class _Masked(fx.Interpreter):
         super().__init__(trace.module)
         self._outputs = trace.outputs
         keep = program.keep_masks()
-        self._masks: dict[fx.Node, list[tuple[int, int, torch.Tensor]]] = {}
+        self._masks: dict[fx.Node, list[tuple[Contraction, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
-            source = contraction.node.args[contraction.arg]
-            axis: Axis = axes.values[source][contraction.dim]
+            axis: Axis = axes.values[contraction.operand][contraction.dim]
             mask = dim_mask(axis, keep)
             if mask is not None:
-                self._masks.setdefault(contraction.node, []).append((contraction.arg, contraction.dim, mask))
+                self._masks.setdefault(contraction.node, []).append((contraction, mask))
 
     def run_outputs(self, arguments: list[Any]) -> list[torch.Tensor]:
         kept: dict[fx.Node, torch.Tensor] = {}
@@ -154,8 +154,14 @@ class _Masked(fx.Interpreter):
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n in self._masks:
             operands = list(args)
-            for arg, dim, mask in self._masks[n]:
-                operands[arg] = _masked(operands[arg], dim, mask)
+            for contraction, mask in self._masks[n]:
+                arg, item = contraction.arg, contraction.item
+                if item is None:
+                    operands[arg] = _masked(operands[arg], contraction.dim, mask)
+                else:
+                    of_list = list(operands[arg])
+                    of_list[item] = _masked(of_list[item], contraction.dim, mask)
+                    operands[arg] = of_list
             args = tuple(operands)
         return args, kwargs
 

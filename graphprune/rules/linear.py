@@ -62,17 +62,22 @@ def einsum(r: Rule, equation: str, operands: list[Dims], **options: Any) -> Dims
     if not arrow or "." in equation:
         return None
     axis_of: dict[str, Any] = {}
-    for term, dims in zip(terms, operands, strict=True):
-        for letter, axis in zip(term, dims, strict=True):
+    place_of: dict[str, tuple[int, int]] = {}
+    for item, (term, dims) in enumerate(zip(terms, operands, strict=True)):
+        if len(set(term)) != len(term):
+            return None  # a diagonal
+        for place, (letter, axis) in enumerate(zip(term, dims, strict=True)):
+            if axis.size != 1:
+                place_of.setdefault(letter, (item, place))
             if axis.size == 1 and letter in axis_of:
                 continue
             if letter in axis_of and axis_of[letter].size != 1:
                 r.same(axis_of[letter], axis)
             else:
                 axis_of[letter] = axis
-    for letter, axis in axis_of.items():
-        if letter not in right:
-            r.pin(axis, "summed away by einsum")  # its operand sits in a list, where the oracle cannot mask it
+    for letter, (item, place) in place_of.items():
+        if letter not in right:  # zero in one operand is enough
+            r.contract(1, place, item=item)
     return tuple(axis_of[letter] for letter in right)
 
 

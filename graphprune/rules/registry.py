@@ -65,7 +65,7 @@ def find_rule(operator: Any) -> RuleFunction | None:
 
 @dataclass(frozen=True)
 class Contraction:
-    """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away.
+    """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away; ``item`` says which tensor of a list.
 
     Removing an index of its axis means dropping its term of the sum. ``weight`` is the (argument, dimension) of the
     other operand when that may be a weight.
@@ -75,6 +75,13 @@ class Contraction:
     arg: int
     dim: int
     weight: tuple[int, int] | None = None
+    item: int | None = None
+
+    @property
+    def operand(self) -> fx.Node:
+        """The node whose value loses a dimension."""
+        value: Any = self.node.args[self.arg]
+        return value if self.item is None else value[self.item]
 
 
 @dataclass(frozen=True)
@@ -141,9 +148,9 @@ class Rule:
             out.append(real[0])
         return tuple(out)
 
-    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None) -> None:
+    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None, item: int | None = None) -> None:
         """See :class:`Contraction`."""
-        self._facts.contractions.append(Contraction(self.node, arg, dim, weight))
+        self._facts.contractions.append(Contraction(self.node, arg, dim, weight, item))
 
     def size(self, value: Any, axis: Axis) -> None:
         """The integer argument ``value`` gives the size of ``axis``: it must follow when the axis shrinks.

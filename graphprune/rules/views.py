@@ -161,7 +161,9 @@ def repeat_interleave(r: Rule, x: Dims, repeats: Any, dim: int | None = None, **
     dim %= len(x)
     copies = Axis(int(repeats))
     r.size(repeats, copies)
-    return (*x[:dim], product([x[dim], copies]), *x[dim + 1 :])
+    copied = product([x[dim], copies])
+    r.size(options.get("output_size"), copied)
+    return (*x[:dim], copied, *x[dim + 1 :])
 
 
 def cut_at(r: Rule, axis: Axis, offset: int) -> tuple[Axis, Axis]:
@@ -267,7 +269,7 @@ def chunk(r: Rule, x: Dims, chunks: int, dim: int = 0) -> list[Dims]:
     return out
 
 
-@rule(aten.cat, aten.concat)
+@rule(aten.cat, aten.concat, aten.concatenate)
 def cat(r: Rule, tensors: Sequence[Dims], dim: int = 0) -> Dims:
     tensors = [dims for dims in tensors if not (len(dims) == 1 and dims[0].size == 0)] or list(tensors)
     dim %= len(tensors[0])

@@ -12,6 +12,7 @@ model computes depends on it, so it may not change.
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,13 +125,23 @@ class SizeInt(int):
     def __rtruediv__(self, other: Any) -> Any:
         return other / self._escape()
 
+    def __mod__(self, other: Any) -> Any:
+        return int(self) % other
 
-def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    def __rmod__(self, other: Any) -> Any:
+        return other % int(self)
+
+
+def _arithmetic(word: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    name = f"__r{word}__" if swap else f"__{word}__"
     plain = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
         if isinstance(other, float):  # a product with a float is no size any more
             return getattr(float, name)(float(self), other)
+        if isinstance(other, torch.SymInt):  # a size that depends on values: so does the result
+            mine = self._escape()
+            return getattr(operator, f"__{word}__")(*((other, mine) if swap else (mine, other)))
         result = plain(self, other)
         if result is NotImplemented or isinstance(other, bool):
             return result
@@ -141,9 +152,23 @@ def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], 
     return method
 
 
+def _comparison(name: str) -> Callable[[SizeInt, Any], Any]:
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        # torch's symbolic integers go together with exact ints only.
+        return getattr(operator, name)(int(self), other) if isinstance(other, torch.SymInt) else plain(self, other)
+
+    return method
+
+
+for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+    setattr(SizeInt, _name, _comparison(_name))
+SizeInt.__hash__ = int.__hash__  # type: ignore[method-assign,assignment]  (gone with a new __eq__)
+
 for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
-    setattr(SizeInt, f"__{_name}__", _arithmetic(f"__{_name}__", _symbol, swap=False))
-    setattr(SizeInt, f"__r{_name}__", _arithmetic(f"__r{_name}__", _symbol, swap=True))
+    setattr(SizeInt, f"__{_name}__", _arithmetic(_name, _symbol, swap=False))
+    setattr(SizeInt, f"__r{_name}__", _arithmetic(_name, _symbol, swap=True))
 
 
 def _caller() -> str:
