@@ -63,7 +63,7 @@ OPEN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": {"use_sliding_window": False}, "vision_config": {"pyramid_num_routed": [-1, 4]}},
     "dots3_note_text": {"use_sliding_window": False},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -109,11 +109,12 @@ def tiny_models(model_type: str, cls: type[nn.Module]) -> Iterator[nn.Module]:
 
 def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedConfig]:
     kind = CONFIG_MAPPING[model_type]
-    try:
-        default = kind()
-    except Exception as error:  # noqa: BLE001
-        reasons.append(f"its default config: {type(error).__name__}: {error}")
-        default = None
+    default = None
+    for more in ({}, OPEN.get(model_type, {})):
+        try:
+            default = default or kind(**more)
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"its default config: {type(error).__name__}: {error}")
     for heads, width in FACTORS:
         for with_kinds in (False, True):
             try:

@@ -179,9 +179,29 @@ class Rule:
     def output_shape(self, index: int | None = None) -> tuple[int, ...]:
         """The shape of the node's output as traced."""
         value = self.node.meta["val"]
-        return tuple(int(s) for s in (value if index is None else value[index]).shape)
+        return tuple(concrete(s) for s in (value if index is None else value[index]).shape)
 
 
-def dims_of(shape: Sequence[int]) -> Dims:
-    """Fresh axes for a shape."""
-    return tuple(Axis(int(size)) for size in shape)
+def dims_of(shape: Sequence[Any]) -> Dims:
+    """Fresh axes for a shape; those whose size depends on values are pinned."""
+    out = tuple(Axis(concrete(size)) for size in shape)
+    for axis, size in zip(out, shape, strict=True):
+        if isinstance(size, torch.SymInt):
+            pin(axis, Pin("its size depends on values"))
+    return out
+
+
+_FIRST_STAND_IN = 1_000_003  # larger than any real dimension that a rule could take it for
+_stand_ins: dict[str, int] = {}
+
+
+def concrete(size: Any) -> int:
+    """A size as a number: one that depends on values gets a number that no other size has."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return _stand_ins.setdefault(str(size), _FIRST_STAND_IN + 2 * len(_stand_ins))
+
+
+def is_stand_in(size: int) -> bool:
+    """True for a number that :func:`concrete` made up."""
+    return size >= _FIRST_STAND_IN and size in _stand_ins.values()

@@ -255,6 +255,11 @@ def split(r: Rule, x: Dims, size: Any, dim: int = 0) -> list[Dims]:
 
 @rule(aten.split_with_sizes, aten.split.sizes)
 def split_with_sizes(r: Rule, x: Dims, sizes: Sequence[Any], dim: int = 0) -> list[Dims]:
+    if None in sizes:  # sizes that depend on values
+        dim %= len(x)
+        r.pin(x[dim], "split by values")
+        shapes = [r.output_shape(i) for i in range(len(sizes))]
+        return [(*x[:dim], r.fresh(shape[dim], "split by values"), *x[dim + 1 :]) for shape in shapes]
     out = _split(r, x, dim, [int(s) for s in sizes])
     for size, piece in zip(sizes, out, strict=True):
         r.size(size, piece[dim])
@@ -279,6 +284,9 @@ def cat(r: Rule, tensors: Sequence[Dims], dim: int = 0) -> Dims:
         for i, axis in enumerate(dims):
             if i != dim:
                 r.same(tensors[0][i], axis)
+    if joined.size != r.output_shape()[dim]:  # parts whose sizes depend on values
+        r.pin(joined, "its size depends on values")
+        joined = r.fresh(r.output_shape()[dim], "its size depends on values")
     return (*tensors[0][:dim], joined, *tensors[0][dim + 1 :])
 
 

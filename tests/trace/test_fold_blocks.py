@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import check_every_axis
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -13,7 +14,6 @@ from graphprune.trace import export
 from graphprune.trace.export import trace
 from graphprune.trace.fold_blocks import Counter, Folder, _runs
 from graphprune.trace.inputs import example_inputs_for
-from helpers import check_every_axis
 
 
 class Block(nn.Module):
