@@ -3,6 +3,7 @@
 from graphprune.rules import (
     attention,
     blocks,
+    complex_numbers,
     convolution,
     factories,
     indexing,
@@ -22,6 +23,7 @@ __all__ = [
     "SizeUse",
     "attention",
     "blocks",
+    "complex_numbers",
     "convolution",
     "factories",
     "find_rule",

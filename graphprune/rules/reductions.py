@@ -35,14 +35,12 @@ def sum_(r: Rule, x: Dims, dims: Any = None, keepdim: bool = False, **options: A
 
 
 def _pinning(reason: str) -> Any:
-    def reduction(r: Rule, x: Dims, dims: Any = None, *options: Any, **more: Any) -> Any:
-        if isinstance(dims, (bool, tuple)) and not (isinstance(dims, tuple) and all(isinstance(d, int) for d in dims)):
-            dims = None
-        keep = next((o for o in options if isinstance(o, bool)), bool(more.get("keepdim", False)))
-        chosen = _chosen(more.get("dim", dims), len(x))
+    def reduction(r: Rule, x: Dims, *options: Any, **more: Any) -> Any:
+        given = r.named(x, *options, **more)
+        chosen = _chosen(given.get("dim"), len(x))
         for i in chosen:
             r.pin(x[i], reason)
-        out = _without(x, chosen, keep)
+        out = _without(x, chosen, bool(given.get("keepdim")))
         value = r.node.meta["val"]
         return [out] * len(value) if isinstance(value, (tuple, list)) else out
 
@@ -54,7 +52,6 @@ for _reason, _names in {
     "its largest or smallest is taken": "amax amin max.dim min.dim max.default min.default argmax argmin aminmax "
     "any all median.dim mode kthvalue logsumexp",
     "multiplied up": "prod",
-    "a norm over it is taken": "linalg_vector_norm",
 }.items():
     for _name in _names.split():
         _packet, _, _overload = _name.partition(".")
@@ -62,9 +59,10 @@ for _reason, _names in {
         rule(getattr(_operator, _overload) if _overload else _operator)(_pinning(_reason))
 
 
-@rule(aten.norm)
-def norm(r: Rule, x: Dims, p: Any = 2, dims: Any = None, keepdim: bool = False, **options: Any) -> Dims:
-    chosen = _chosen(dims, len(x))
+@rule(aten.norm, aten.linalg_vector_norm)
+def norm(r: Rule, x: Dims, p: Any = 2, dims: Any = None, keepdim: bool = False, *more: Any, **options: Any) -> Dims:
+    chosen = _chosen(options.get("dim", dims), len(x))
+    keepdim = options.get("keepdim", keepdim)
     for i in chosen:
         r.pin(x[i], "a norm over it is taken")
     return _without(x, chosen, keepdim)

@@ -176,6 +176,11 @@ class Rule:
         if of > 1:
             self._facts.multiples.append((axis, of))
 
+    def named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of the call under the names that the operator's schema gives them."""
+        schema = self.node.target._schema  # type: ignore[union-attr]
+        return {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+
     def output_shape(self, index: int | None = None) -> tuple[int, ...]:
         """The shape of the node's output as traced."""
         value = self.node.meta["val"]

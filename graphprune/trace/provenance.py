@@ -140,13 +140,13 @@ def _arithmetic(word: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], 
         if isinstance(other, float):  # a product with a float is no size any more
             return getattr(float, name)(float(self), other)
         if isinstance(other, torch.SymInt):  # a size that depends on values: so does the result
-            mine = self._escape()
-            return getattr(operator, f"__{word}__")(*((other, mine) if swap else (mine, other)))
+            number = self._escape()
+            return getattr(operator, f"__{word}__")(*((other, number) if swap else (number, other)))
         result = plain(self, other)
         if result is NotImplemented or isinstance(other, bool):
             return result
-        mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
-        left, right = (theirs, mine) if swap else (mine, theirs)
+        given: Expr = other.expr if isinstance(other, SizeInt) else int(other)
+        left, right = (given, self.expr) if swap else (self.expr, given)
         return SizeInt(result, Combined(symbol, left, right), self.recorder)
 
     return method
@@ -164,7 +164,7 @@ def _comparison(name: str) -> Callable[[SizeInt, Any], Any]:
 
 for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
     setattr(SizeInt, _name, _comparison(_name))
-SizeInt.__hash__ = int.__hash__  # type: ignore[method-assign,assignment]  (gone with a new __eq__)
+setattr(SizeInt, "__hash__", int.__hash__)  # noqa: B010  (a class body with __eq__ would lose it)
 
 for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
     setattr(SizeInt, f"__{_name}__", _arithmetic(_name, _symbol, swap=False))
