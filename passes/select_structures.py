@@ -39,7 +39,7 @@ def select_structures(program: Program) -> None:
             keep[group.name] = kept.nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method)
+    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width)
 
 
 class ParameterCounter:
@@ -154,24 +154,25 @@ def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float
     removed = blocks.prefix(length)
     gap = wanted - (counter.total - counter.count(removed))
     costs: dict[str, tuple[int, int]] = {}
-    blocked: set[str] = set()  # a group whose next block does not fit: the gap only gets smaller
-    for number in blocks.queue[length:].tolist():
-        name = blocks.names[number]
-        if name in blocked:
-            continue
-        if name not in costs:
-            gone = removed.get(name, 0)
-            step = next(s for s in blocks.steps[name] if s > gone) - gone
-            costs[name] = (step, counter.cost(name, step, removed))
-        step, cost = costs[name]
-        if cost <= gap:
-            removed[name] = removed.get(name, 0) + step
-            gap -= cost
-            costs.clear()
-        else:
-            blocked.add(name)
-            if len(blocked) == len(blocks.steps):
-                break
+    queue, before = blocks.queue[length:].tolist(), -1
+    while len(queue) != before:  # what did not fit may do so once another axis that it crosses has shrunk
+        before = len(queue)
+        blocked: set[str] = set()
+        left = []
+        for number in queue:
+            name = blocks.names[number]
+            if name not in blocked and name not in costs:
+                gone = removed.get(name, 0)
+                step = next(s for s in blocks.steps[name] if s > gone) - gone
+                costs[name] = (step, counter.cost(name, step, removed))
+            if name not in blocked and costs[name][1] <= gap:
+                removed[name] = removed.get(name, 0) + costs[name][0]
+                gap -= costs[name][1]
+                costs.clear()
+            else:
+                blocked.add(name)
+                left.append(number)
+        queue = left
     return removed
 
 

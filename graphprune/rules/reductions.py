@@ -1,4 +1,7 @@
-"""Reductions: a sum drops a removed index whatever its value was; every other one changes its value, and pins."""
+"""Reductions: a sum drops a removed index whatever its value was; every other one changes its value, and pins.
+
+A mean, variance or norm is a statistic: with ``width`` it is taken over what is kept.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +53,9 @@ def _pinning(reason: str) -> Any:
 
 
 for _reason, _names in {
-    "averaged": "mean std var std_mean var_mean nanmean",
     "its largest or smallest is taken": "amax amin max.dim min.dim max.default min.default argmax argmin aminmax "
     "any all median.dim mode kthvalue logsumexp",
     "multiplied up": "prod",
-    "a norm over it is taken": "linalg_vector_norm",
 }.items():
     for _name in _names.split():
         _packet, _, _overload = _name.partition(".")
@@ -62,12 +63,21 @@ for _reason, _names in {
         rule(getattr(_operator, _overload) if _overload else _operator)(_pinning(_reason))
 
 
-@rule(aten.norm)
-def norm(r: Rule, x: Dims, p: Any = 2, dims: Any = None, keepdim: bool = False, **options: Any) -> Dims:
-    chosen = _chosen(dims, len(x))
-    for i in chosen:
-        r.pin(x[i], "a norm over it is taken")
-    return _without(x, chosen, keepdim)
+def _statistic(reason: str) -> Any:
+    def statistic(r: Rule, x: Dims, *given: Any, **named: Any) -> Any:
+        options = r.options(given, named)
+        chosen = _chosen(options.get("dim"), len(x))
+        for i in chosen:
+            r.statistic(x[i], reason)
+        out = _without(x, chosen, bool(options.get("keepdim", False)))
+        value = r.node.meta["val"]
+        return [out] * len(value) if isinstance(value, (tuple, list)) else out
+
+    return statistic
+
+
+rule(aten.mean, aten.nanmean, aten.std, aten.var, aten.std_mean, aten.var_mean)(_statistic("averaged"))
+rule(aten.norm, aten.linalg_vector_norm)(_statistic("a norm over it is taken"))
 
 
 @rule(aten.cumsum, aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp)
