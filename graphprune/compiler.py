@@ -70,7 +70,7 @@ def compile(
         inner_axes: also prune inner factors of products, such as channels of every head.
         width: also prune axes that a norm or a mean is taken over, first of all the residual width that embeddings,
             norms and projections share. The statistic is then that of what is kept, in the pruned model as in the
-            original it is compared with.
+            original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.

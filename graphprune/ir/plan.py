@@ -77,7 +77,9 @@ class Plan:
             keep = {str(name): [_index(i) for i in axis["keep"]] for name, axis in axes.items()}
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
-            width = data.get("width", False) is True
+            width = data.get("width", False)
+            if not isinstance(width, bool):
+                raise TypeError(f"width is {width!r}")
             return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")), width)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
