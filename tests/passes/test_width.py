@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -293,6 +294,7 @@ def test_all_of_it_lines_up_with_other_axes() -> None:
         (lambda m, x: x.sort(-1)[0], "sorted"),
         (lambda m, x: _rms(m, x) * x.shape[-1] ** -0.5, "enters the computation"),
         (lambda m, x: _rms(m, x.expand(3, 5, m.size)) / m.size, "cannot follow"),
+        (lambda m, x: _rms(m, x.expand(3, 5, m.size)) / math.sqrt(m.size), "enters the computation"),
     ],
 )
 def test_stays_pinned(body: Callable[[Any, torch.Tensor], torch.Tensor], why: str) -> None:
@@ -406,6 +408,18 @@ def test_a_norm_whose_weight_nobody_slices_is_caught(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(registry._RULES, aten.layer_norm, broken)
     with pytest.raises(GraphPruneError, match="does not run"):
+        check_every_axis(layer(lambda m, x: m.norm(x), norm=nn.LayerNorm(16)), X64, width=True)
+
+
+def test_a_norm_that_its_rule_does_not_declare_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(r: Any, x: Any, shape: Any, weight: Any, bias: Any, *options: Any) -> Any:
+        for tensor in (weight, bias):
+            r.same(x[-1], tensor[0])
+        r.size(shape[0], x[-1])
+        return x
+
+    monkeypatch.setitem(registry._RULES, aten.layer_norm, broken)
+    with pytest.raises(GraphPruneError, match="does not compute what the masked original computes"):
         check_every_axis(layer(lambda m, x: m.norm(x), norm=nn.LayerNorm(16)), X64, width=True)
 
 
