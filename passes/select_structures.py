@@ -154,25 +154,24 @@ def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float
     removed = blocks.prefix(length)
     gap = wanted - (counter.total - counter.count(removed))
     costs: dict[str, tuple[int, int]] = {}
-    queue, before = blocks.queue[length:].tolist(), -1
-    while len(queue) != before:  # what did not fit may do so once another axis that it crosses has shrunk
-        before = len(queue)
-        blocked: set[str] = set()
-        left = []
-        for number in queue:
-            name = blocks.names[number]
-            if name not in blocked and name not in costs:
-                gone = removed.get(name, 0)
-                step = next(s for s in blocks.steps[name] if s > gone) - gone
-                costs[name] = (step, counter.cost(name, step, removed))
-            if name not in blocked and costs[name][1] <= gap:
-                removed[name] = removed.get(name, 0) + costs[name][0]
-                gap -= costs[name][1]
-                costs.clear()
-            else:
-                blocked.add(name)
-                left.append(number)
-        queue = left
+    blocked: set[str] = set()  # a group whose next block does not fit: the gap only gets smaller
+    for number in blocks.queue[length:].tolist():
+        name = blocks.names[number]
+        if name in blocked:
+            continue
+        if name not in costs:
+            gone = removed.get(name, 0)
+            step = next(s for s in blocks.steps[name] if s > gone) - gone
+            costs[name] = (step, counter.cost(name, step, removed))
+        step, cost = costs[name]
+        if cost <= gap:
+            removed[name] = removed.get(name, 0) + step
+            gap -= cost
+            costs.clear()
+        else:
+            blocked.add(name)
+            if len(blocked) == len(blocks.steps):
+                break
     return removed
 
 
