@@ -26,11 +26,12 @@ def infer_axes(program: Program) -> None:
     found: Trace = program.need("trace")
     canonical, tensors = _tensor_dims(program)
     axes = AxisMap({}, tensors, canonical, Facts())
+    width = program.options.width
     for node in found.graph.nodes:
         if node.op == "placeholder":
             axes.values[node] = _placeholder(found, axes, node)
         elif node.op == "call_function":
-            axes.values[node] = _call(found, axes, node)
+            axes.values[node] = _call(found, axes, node, width)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
@@ -63,7 +64,7 @@ def _placeholder(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     return dims
 
 
-def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
     value = node.meta.get("val")
     if node.target is operator.getitem:
         source = axes.values[node.args[0]]
@@ -72,7 +73,7 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
         return None
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
     rule = find_rule(node.target)
-    speaker = Rule(node, axes.facts, source_line)
+    speaker = Rule(node, axes.facts, source_line, width)
     out = None
     problem = "has no rule"
     if rule is not None:

@@ -101,15 +101,20 @@ class Facts:
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    statistics: list[fx.Node] = field(default_factory=list)  # whose statistic is to be taken over what is kept
 
 
 class Rule:
-    """What one application of a rule may say about axes. ``node`` is the operator's call."""
+    """What one application of a rule may say about axes. ``node`` is the operator's call.
 
-    def __init__(self, node: fx.Node, facts: Facts, where: Callable[[fx.Node], str]):
+    With ``width`` an axis that a statistic is taken over is not pinned.
+    """
+
+    def __init__(self, node: fx.Node, facts: Facts, where: Callable[[fx.Node], str], width: bool = False):
         self.node = node
         self._facts = facts
         self._where = where
+        self._width = width
         self.sizes_used: set[int] = set()
 
     @property
@@ -119,6 +124,17 @@ class Rule:
     def pin(self, axis: Axis, reason: str) -> None:
         """The axis may not be pruned."""
         pin(axis, Pin(reason, self.where))
+
+    def statistic(self, axis: Axis, reason: str) -> None:
+        """A mean, a variance or a norm is taken over the axis: it changes with every index that goes, so it pins.
+
+        With ``width`` the user wants it taken over what is kept; the oracle then does the same
+        (:mod:`graphprune.passes.restrict`, which has to know the operator).
+        """
+        if self._width:
+            self._facts.statistics.append(self.node)
+        else:
+            self.pin(axis, reason)
 
     def fresh(self, size: int, reason: str | None = None) -> Axis:
         """A new axis, pinned if a reason is given."""
@@ -180,6 +196,11 @@ class Rule:
         """The arguments of the call under the names that the operator's schema gives them."""
         schema = self.node.target._schema  # type: ignore[union-attr]
         return {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+
+    def options(self, given: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments behind the first by their names in the operator's schema, which differs per overload."""
+        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        return dict(zip(names[1:], given, strict=False)) | named
 
     def output_shape(self, index: int | None = None) -> tuple[int, ...]:
         """The shape of the node's output as traced."""

@@ -455,10 +455,14 @@ CASES: dict[str, Case] = {
     ),
     "complex": Case(
         lambda m, h: torch.view_as_real(torch.complex(h, h.sin())).flatten(-2),
-        [],
-        "aten.complex.default has no rule",
+        [24],
         after=48,
-        reachable=False,
+    ),
+    "rotation": Case(
+        lambda m, h: torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2))) * m.turn).flatten(-2),
+        [12],
+        "real and imaginary part",
+        attributes={"turn": lambda: nn.Buffer(torch.polar(torch.ones(12), torch.arange(12.0)).to(torch.complex128))},
     ),
     "smaller_of_two": Case(lambda m, h: torch.min(h, h.sin()) + torch.max(h, h.cos()), [24]),
     "broadcast_to": Case(lambda m, h: h[:, :1].broadcast_to(h.shape) + h, [24]),
