@@ -18,6 +18,7 @@ from graphprune.ir.plan import Plan
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
+from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
@@ -109,7 +110,12 @@ def compile(
     before = measure(model)
     base_config = _base_config(model)
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
-    seconds = run_passes(program, _pipeline(program, plan))
+    try:
+        seconds = run_passes(program, _pipeline(program, plan))
+    except UntracedSizes:
+        args, kwargs = program.inputs
+        program = Program(model, (args, {**kwargs, "use_cache": True}), options, progress=progress)
+        seconds = run_passes(program, _pipeline(program, plan))
     pruned = program.need("pruned")
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
