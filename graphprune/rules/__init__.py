@@ -13,7 +13,7 @@ from graphprune.rules import (
     reductions,
     views,
 )
-from graphprune.rules.registry import Contraction, Dims, Facts, Rule, SizeUse, find_rule, rule
+from graphprune.rules.registry import Contraction, Dims, Facts, Rule, SizeUse, find_rule, rule, rule_by_name
 
 __all__ = [
     "Contraction",
@@ -33,5 +33,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "rule",
+    "rule_by_name",
     "views",
 ]
