@@ -81,7 +81,7 @@ def make_report(
         plan=plan,
         oracle_error=program.oracle_error,
         skipped=dict(program.need("skipped")),
-        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        widths=plan.widths(),
         attributes={**(earlier.attributes if earlier else {}), **program.need("new_attributes")},
         seconds=seconds,
         total_seconds=total_seconds,

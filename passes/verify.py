@@ -14,11 +14,11 @@ import torch
 from torch import fx, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis
-from graphprune.ir.program import Program, dim_mask
+from graphprune.ir.program import Program
+from graphprune.ir.selection import mask_of
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
-from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
@@ -46,8 +46,8 @@ def verify_before_rewrite(program: Program) -> None:
         keep = slices.get(id(tensor))
         if keep is None:
             return tensor
-        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
-        made = like(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(shape))
+        nothing = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
+        made = like(tensor, nothing.expand(sliced_shape(tensor, keep)))
         substitutes[id(made)] = lambda _: sliced(tensor, keep)
         return made
 
@@ -122,14 +122,13 @@ class _Masked(fx.Interpreter):
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs
-        keep = program.keep_masks()
-        self._masks: dict[fx.Node, list[tuple[int, int, torch.Tensor]]] = {}
+        selection = program.selection()
+        self._masks: dict[fx.Node, list[tuple[int, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
             source = contraction.node.args[contraction.arg]
-            axis: Axis = axes.values[source][contraction.dim]
-            mask = dim_mask(axis, keep)
+            mask = mask_of(axes.values[source], contraction.dim, selection)
             if mask is not None:
-                self._masks.setdefault(contraction.node, []).append((contraction.arg, contraction.dim, mask))
+                self._masks.setdefault(contraction.node, []).append((contraction.arg, mask))
 
     def run_outputs(self, arguments: list[Any]) -> list[torch.Tensor]:
         kept: dict[fx.Node, torch.Tensor] = {}
@@ -154,21 +153,15 @@ class _Masked(fx.Interpreter):
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n in self._masks:
             operands = list(args)
-            for arg, dim, mask in self._masks[n]:
-                operands[arg] = _masked(operands[arg], dim, mask)
+            for arg, mask in self._masks[n]:
+                # Zero also where a removed index is NaN or infinite.
+                operands[arg] = operands[arg].masked_fill(~mask.to(operands[arg].device), 0)
             args = tuple(operands)
         return args, kwargs
 
 
 # The traced graph states dtypes and devices that hold for the traced inputs; the run repeats them anyway.
 _NO_OPERATION = {torch.ops.aten._assert_tensor_metadata.default}
-
-
-def _masked(x: torch.Tensor, dim: int, mask: torch.Tensor) -> torch.Tensor:
-    """``x`` with removed indices of one dimension set to zero (also where they are NaN or infinite)."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return x.masked_fill(~mask.to(x.device).view(shape), 0)
 
 
 def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

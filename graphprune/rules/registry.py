@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Axis, Misaligned, Pin, pin, unify
+from graphprune.ir.axes import Axis, Misaligned, Pin, find, pin, unify
 from graphprune.trace.provenance import Expr, SizeInt
 
 Dims = tuple[Axis, ...]
@@ -75,9 +75,13 @@ class SizeUse:
 
 @dataclass
 class Facts:
-    """What the rules found out, beside the axes themselves."""
+    """What the rules found out, beside the axes themselves.
+
+    ``held`` has every axis that a node itself pinned: its indices may not be treated one by one there.
+    """
 
     contractions: list[Contraction] = field(default_factory=list)
+    held: list[tuple[fx.Node, Axis]] = field(default_factory=list)
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
 
@@ -98,6 +102,7 @@ class Rule:
     def pin(self, axis: Axis, reason: str) -> None:
         """The axis may not be pruned."""
         pin(axis, Pin(reason, self.where))
+        self._facts.held.append((self.node, axis))
 
     def fresh(self, size: int, reason: str | None = None) -> Axis:
         """A new axis, pinned if a reason is given."""
@@ -113,6 +118,8 @@ class Rule:
         except Misaligned as error:
             self.pin(a, str(error))
             self.pin(b, str(error))
+        if find(a) is not find(b):  # no common description was found
+            self._facts.held += [(self.node, a), (self.node, b)]
         return a
 
     def broadcast(self, *tensors: Sequence[Axis]) -> Dims:
