@@ -66,7 +66,9 @@ def compile(
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
-        inner_axes: also prune inner factors of products, such as channels of every head.
+        inner_axes: also prune inner factors of products, such as channels of every head. Axes that stand by themselves
+            under each index of another, such as the query heads of a key head or the channels of batched experts, then
+            keep other indices under each (as many everywhere), where all share one choice otherwise.
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.folding import fold_groups
+from graphprune.ir.axes import find
 from graphprune.ir.program import NodeGroup, Program, describe_dims
 
 _SHOWN = 12  # members of a group that are listed
@@ -55,10 +56,13 @@ class Inspection:
     def _folded(self, groups: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[str]:
         """Groups that differ only in their block number are shown once, with a count."""
         lines = []
+        ragged = self.program.ragged_axes()
         for fold in fold_groups(groups, reason):
             times = f"  ×{len(fold.groups)}" if len(fold.groups) > 1 else ""
             why = f"  [{fold.reason}]" if fold.reason else ""
-            lines.append(f"  {fold.name}  size {fold.size}{times}{why}")
+            outer = ragged.get(find(fold.groups[0].axis))
+            each = f" in each of {outer.size}" if outer is not None else ""
+            lines.append(f"  {fold.name}  size {fold.size}{each}{times}{why}")
             lines += [f"      {member}" for member in fold.members[:_SHOWN]]
             if len(fold.members) > _SHOWN:
                 lines.append(f"      … {len(fold.members) - _SHOWN} more")

@@ -75,7 +75,8 @@ class _Candidates:
         for node, axis in axes.facts.held:
             self._held.setdefault(node, set()).update(leaves(axis))
         for contraction in axes.facts.contractions:
-            summed = axes.values[contraction.node.args[contraction.arg]][contraction.dim]
+            dims = axes.values[contraction.node.args[contraction.arg]]
+            summed = contraction.factor or dims[contraction.dim]
             self._summed.setdefault(contraction.node, set()).update(leaves(summed))
 
     def see_value(self, dims: Dims) -> None:

@@ -100,7 +100,7 @@ class Plan:
             keep = {str(name): _indices(axis["keep"]) for name, axis in axes.items()}
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
-            under = {str(name): str(axis["under"]) for name, axis in axes.items() if "under" in axis}
+            under = {str(name): _name(axis["under"]) for name, axis in axes.items() if "under" in axis}
             return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")), under)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
@@ -119,6 +119,12 @@ def _indices(value: Any) -> Keep:
     if isinstance(value, list) and any(isinstance(one, list) for one in value):
         return [[_index(i) for i in one] for one in value]
     return [_index(i) for i in value]
+
+
+def _name(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def _index(value: Any) -> int:

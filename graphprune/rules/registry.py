@@ -55,13 +55,14 @@ class Contraction:
     """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away.
 
     Removing an index of its axis means dropping its term of the sum. ``weight`` is the (argument, dimension) of the
-    other operand when that may be a weight.
+    other operand when that may be a weight. ``factor`` is the part of the dimension that is summed away, if not all.
     """
 
     node: fx.Node
     arg: int
     dim: int
     weight: tuple[int, int] | None = None
+    factor: Axis | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,9 @@ class Rule:
             out.append(real[0])
         return tuple(out)
 
-    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None) -> None:
+    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None, factor: Axis | None = None) -> None:
         """See :class:`Contraction`."""
-        self._facts.contractions.append(Contraction(self.node, arg, dim, weight))
+        self._facts.contractions.append(Contraction(self.node, arg, dim, weight, factor))
 
     def size(self, value: Any, axis: Axis) -> None:
         """The integer argument ``value`` gives the size of ``axis``: it must follow when the axis shrinks.

@@ -6,7 +6,7 @@ import torch
 
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_to, criterion
+from graphprune.passes.score.registry import Scores, add_positions, criterion
 from graphprune.trace.skeleton import names
 
 _ROWS = 128
@@ -22,7 +22,7 @@ def _sums(program: Program, order: int) -> Scores:
         weight, dims = tensors[name].detach(), axes.tensors[name]
         for dim, axis in enumerate(dims):
             if any(leaf in wanted for leaf in leaves(axis)):
-                add_to(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
+                add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
     return scores
 
 

@@ -35,11 +35,22 @@ def method_names() -> list[str]:
     return sorted(_CRITERIA)
 
 
-def add_to(scores: Scores, program: Program, dims: Dims, dim: int, sums: Callable[[set[int]], torch.Tensor]) -> None:
-    """Add what the positions of one dimension of a tensor are worth to the scores of every leaf below it.
+def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
+    """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it.
 
-    ``sums(dimensions)`` gives the worth of all positions along some dimensions together, summed over all others, which
-    stay with size 1.
+    An axis that is only ever scored so keeps one choice of indices for all, also where it could be ragged.
+    """
+    for leaf, share in reduce_to_leaves(axis, values.float().cpu()):
+        scores[leaf] = scores[leaf] + share if leaf in scores else share
+
+
+def add_positions(
+    scores: Scores, program: Program, dims: Dims, dim: int, sums: Callable[[set[int]], torch.Tensor]
+) -> None:
+    """:func:`add_to` for dimension ``dim`` of a tensor, with a score per outer index for the ragged leaves below it.
+
+    ``sums(dimensions)`` gives the values of all positions along some dimensions, summed over all others, which stay
+    with size 1.
     """
     ragged = program.ragged_axes()
     shares = reduce_to_leaves(dims[dim], sums({dim}).flatten().float().cpu())

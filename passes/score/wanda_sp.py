@@ -9,7 +9,7 @@ from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.score.activations import InputNorms, run_calibration
-from graphprune.passes.score.registry import Scores, add_to, criterion
+from graphprune.passes.score.registry import Scores, add_positions, criterion
 from graphprune.trace.skeleton import names
 
 
@@ -41,7 +41,7 @@ def wanda_sp(program: Program) -> Scores:
         others = [d for d in range(weight.ndim) if d not in stay]
         mean_weight = weight.detach().abs().mean(others, keepdim=True).float()
         importance = mean_weight * (squares / norms.counts[id(weight)]).sqrt().view(mean_weight.shape)
-        add_to(scores, program, dims, dim, lambda stay, x=importance: _summed(x, stay))  # type: ignore[misc]
+        add_positions(scores, program, dims, dim, lambda stay, x=importance: _summed(x, stay))  # type: ignore[misc]
     return scores
 
 
