@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 
@@ -34,6 +36,7 @@ class Kept:
     def count(self) -> int:
         return self.indices.shape[-1]
 
+    @cached_property
     def mask(self) -> torch.Tensor:
         """Boolean, of shape ``(size,)`` or ``(outer.size, size)``."""
         shape = (*self.indices.shape[:-1], self.size)
@@ -48,19 +51,18 @@ def mask_of(dims: Sequence[Axis], dim: int, selection: Selection) -> torch.Tenso
 
     Boolean, as many dimensions as ``dims``, of size 1 where it does not depend on the position.
     """
-    below = [selection[leaf] for leaf in leaves(dims[dim]) if leaf in selection]
-    if not below:
+    kind = _kind(dims[dim], selection)
+    if kind is None:
         return None
-    if all(kept.outer is None for kept in below):
-        plain = expand_mask(dims[dim], lambda leaf: selection[leaf].mask() if leaf in selection else None)
-        return plain.view([-1 if i == dim % len(dims) else 1 for i in range(len(dims))])
+    if kind == "shared":
+        return _along(_shared_mask(dims[dim], selection), dim, len(dims))
     places = _Places(dims, lambda leaf: leaf.size)
     mask = torch.ones([1] * len(dims), dtype=torch.bool)
     for leaf, place in places.of(dim):
         kept = selection.get(leaf)
         if kept is not None:
             above = () if kept.outer is None else (places.index(kept.outer, dim),)
-            mask = mask & (kept.mask()[(*above, place.clamp(min=0))] | (place == _ABSENT))
+            mask = mask & (kept.mask[(*above, place.clamp(min=0))] | (place == _ABSENT))
     return mask
 
 
@@ -69,11 +71,31 @@ def index_of(dims: Sequence[Axis], dim: int, selection: Selection) -> torch.Tens
 
     int64, as many dimensions as ``dims``, of size 1 where it does not depend on the position.
     """
-    if not any(leaf in selection for leaf in leaves(dims[dim])):
+    kind = _kind(dims[dim], selection)
+    if kind is None:
         return None
+    if kind == "shared":
+        return _along(_shared_mask(dims[dim], selection).nonzero(), dim, len(dims))
     places = _Places(dims, lambda leaf: selection[leaf].count if leaf in selection else leaf.size)
     old = iter([places.old(leaf, place, dim, selection) for leaf, place in places.of(dim)])
     return _position(dims[dim], old)
+
+
+def _kind(axis: Axis, selection: Selection) -> Literal["shared", "ragged"] | None:
+    """Whether what is kept of ``axis`` is one choice, or depends on outer indices; None when all of it is kept."""
+    below = [selection[leaf] for leaf in leaves(axis) if leaf in selection]
+    if not below:
+        return None
+    return "shared" if all(kept.outer is None for kept in below) else "ragged"
+
+
+def _shared_mask(axis: Axis, selection: Selection) -> torch.Tensor:
+    return expand_mask(axis, lambda leaf: selection[leaf].mask if leaf in selection else None)
+
+
+def _along(values: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """A vector in the place of dimension ``dim`` of ``rank``."""
+    return values.view([-1 if i == dim % rank else 1 for i in range(rank)])
 
 
 def sum_by_pair(dims: Sequence[Axis], dim: int, leaf: Axis, outer: Axis, values: torch.Tensor) -> torch.Tensor:
@@ -143,10 +165,8 @@ class _Places:
     def of(self, dim: int) -> list[tuple[Axis, torch.Tensor]]:
         dim %= len(self._dims)
         if dim not in self._found:
-            shape = [1] * len(self._dims)
-            shape[dim] = -1
             found = coordinates(self._dims[dim], self._size)
-            self._found[dim] = [(leaf, place.view(shape)) for leaf, place in found]
+            self._found[dim] = [(leaf, _along(place, dim, len(self._dims))) for leaf, place in found]
         return self._found[dim]
 
     def index(self, leaf: Axis, beside: int) -> torch.Tensor:
