@@ -18,6 +18,7 @@ class Inspection:
         groups: every basic node group (:class:`graphprune.ir.program.NodeGroup`).
         prunable: those that may lose indices, in the order of the model.
         skipped: name of every other group → why not.
+        ragged: name of every group that may keep other indices under each index of another → name of that one.
         unruled: operator without a usable rule → the source lines it pinned.
     """
 
@@ -26,6 +27,7 @@ class Inspection:
         self.groups: list[NodeGroup] = program.need("groups")
         self.prunable: list[NodeGroup] = program.need("prunable")
         self.skipped: dict[str, str] = program.need("skipped")
+        self.ragged: dict[str, str] = program.need("ragged")
         self.unruled: dict[str, list[str]] = program.need("axes").unruled
 
     def dims(self, tensor: str) -> list[str]:

@@ -153,6 +153,35 @@ def test_wanda_sp_is_weight_times_activation() -> None:
     assert torch.allclose(program.scores[of_values.name], by_feature["o"].view(4, 3), rtol=1e-4)
 
 
+class Batched(nn.Module):
+    """Matrices in batches: one input for all of them, one of each, one matrix for all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 7, 10))
+        self.down = nn.Parameter(torch.randn(3, 10, 6))
+        self.last = nn.Parameter(torch.randn(1, 6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (x.flatten(0, 1) @ self.up).relu() @ self.down
+        return (hidden @ self.last).sum(0)
+
+
+def test_wanda_sp_of_a_batch_of_matrices() -> None:
+    """The statistics are those of each matrix: of all its rows, whatever they were broadcast to."""
+    torch.manual_seed(0)
+    net = Batched()
+    batches = [{"x": torch.randn(2, 6, 7)}, {"x": torch.randn(5, 4, 7) * 3}]
+    program = scored(net, method="wanda-sp", data=batches)
+    x = torch.cat([batch["x"].flatten(0, 1) for batch in batches])
+    hidden = (x @ net.up).relu()
+    out = hidden @ net.down
+    expected = net.down.abs().mean(2) * hidden.square().mean(1).sqrt()
+    assert torch.allclose(program.need("scores")["up[2]"], expected, rtol=1e-4)
+    expected = net.last[0].abs().mean(1) * out.square().mean((0, 1)).sqrt()
+    assert torch.allclose(program.need("scores")["down[2]"], expected, rtol=1e-4)
+
+
 def test_an_axis_without_a_consumer_weight_has_no_wanda_score_and_says_so() -> None:
     program = scored(model(), method="wanda-sp", data=[{"x": X}])
     assert "method wanda-sp has no score for it" in program.need("skipped").values()
