@@ -244,10 +244,10 @@ def split(r: Rule, x: Dims, size: Any, dim: int = 0) -> list[Dims]:
     n, step = x[dim].size, int(size)
     out = _split(r, x, dim, [min(step, n - i) for i in range(0, n, step)])
     for piece in out:
+        if n % step:  # how many parts there are would change
+            r.pin(piece[dim], "split into parts of which the last is smaller")
         if piece[dim].size == step:
             r.size(size, piece[dim])
-        else:
-            r.pin(piece[dim], "the last, smaller part of a split")
     return out
 
 

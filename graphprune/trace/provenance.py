@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Combined:
-    """``left op right`` with op one of ``+ - * //``."""
+    """``left op right`` with op one of ``+ - * // %``; a comparison, ``== < <=``, only inside an :class:`Escape`."""
 
     op: str
     left: Expr
@@ -76,7 +77,7 @@ def moved(expr: Expr, rename: Callable[[str], str], renumber: Callable[[int], in
 
 @dataclass(frozen=True)
 class Escape:
-    """A size that entered arithmetic other than sizes, while ``block`` (a module path) was traced."""
+    """A size that entered arithmetic other than sizes, or was compared, while ``block`` (a module path) was traced."""
 
     expr: Expr
     where: str
@@ -103,7 +104,7 @@ class SizeInt(int):
 
     def _escape(self) -> int:
         if self.recorder is not None:
-            self.recorder.escapes.append(Escape(self.expr, _caller(), self.recorder.block()))
+            self.recorder.tell(self.expr)
         return int(self)
 
     def __float__(self) -> float:
@@ -141,9 +142,55 @@ def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], 
     return method
 
 
-for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
+for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
     setattr(SizeInt, f"__{_name}__", _arithmetic(f"__{_name}__", _symbol, swap=False))
     setattr(SizeInt, f"__r{_name}__", _arithmetic(f"__r{_name}__", _symbol, swap=True))
+
+
+def _escaping(name: str) -> Callable[[SizeInt, Any], Any]:
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        if isinstance(other, SizeInt):
+            other = other._escape()
+        return plain(self._escape(), other)
+
+    return method
+
+
+for _name in ("and", "or", "xor", "lshift", "rshift", "divmod"):
+    setattr(SizeInt, f"__{_name}__", _escaping(f"__{_name}__"))
+    setattr(SizeInt, f"__r{_name}__", _escaping(f"__r{_name}__"))
+
+
+def _comparison(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    """What a comparison says has to stay so: the branch that was traced depends on it."""
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        result = plain(self, other)
+        recorder = self.recorder
+        if recorder is None or not recorder.in_forward:
+            return result
+        if isinstance(other, int) and not isinstance(other, bool):
+            mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
+            recorder.tell(Combined(symbol, theirs, mine) if swap else Combined(symbol, mine, theirs))
+        return result
+
+    return method
+
+
+# a > b is b < a, and a != b is not a == b.
+for _name, _symbol, _swap in (
+    ("eq", "==", False),
+    ("ne", "==", False),
+    ("lt", "<", False),
+    ("le", "<=", False),
+    ("gt", "<", True),
+    ("ge", "<=", True),
+):
+    setattr(SizeInt, f"__{_name}__", _comparison(f"__{_name}__", _symbol, _swap))
+SizeInt.__hash__ = int.__hash__  # type: ignore[method-assign]
 
 
 def _caller() -> str:
@@ -166,6 +213,25 @@ class Call:
 
 META_KEY = "graphprune_call"
 _SET_GRAD = torch._C._set_grad_enabled
+
+
+def _without_dispatch(function: Any) -> Any:
+    """A Python function of torch as its own lines: it does not hand itself over to a torch function mode."""
+    plain = FunctionType(
+        function.__code__,
+        {**function.__globals__, "has_torch_function": lambda tensors: False},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    plain.__kwdefaults__ = function.__kwdefaults__
+    return plain
+
+
+# Functions that compare the sizes they are given with those of tensors: traced line by line.
+_SEEN_INSIDE = {
+    function: _without_dispatch(function) for function in (torch.nn.functional.multi_head_attention_forward,)
+}
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -181,8 +247,20 @@ class SizeRecorder(TorchFunctionMode):
         self.block = block  # the path of the repeated block that is being traced, if any
         self.calls: dict[int, Call] = {}
         self.escapes: list[Escape] = []
+        self.in_forward = False  # the model's own code is running, so that a comparison is one of the model
         self._number = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __enter__(self) -> SizeRecorder:
+        self.in_forward = True
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.in_forward = False
+        super().__exit__(*exception)
+
+    def tell(self, expr: Expr) -> None:
+        self.escapes.append(Escape(expr, _caller(), self.block()))
 
     def know(self, tensor: torch.Tensor, name: str) -> None:
         """Name an input, parameter or buffer, so that its sizes are told from literals."""
@@ -199,10 +277,17 @@ class SizeRecorder(TorchFunctionMode):
         if func is torch.Tensor.size:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._size_of(args[0], dim, func(*args, **kwargs))
+        if func in _SEEN_INSIDE:
+            with self:
+                return _SEEN_INSIDE[func](*args, **kwargs)
         self._number += 1
         number = self._number
-        with fx_traceback.annotate({META_KEY: number}):
-            out = func(*args, **kwargs)
+        self.in_forward = False
+        try:
+            with fx_traceback.annotate({META_KEY: number}):
+                out = func(*args, **kwargs)
+        finally:
+            self.in_forward = True
         tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
         for index, tensor in enumerate(tensors):
             # In-place calls and no-ops return a tensor that is known already: it keeps its first name.
@@ -216,7 +301,7 @@ class SizeRecorder(TorchFunctionMode):
         known = self._known.get(tensor)
         if known is None or not isinstance(size, int):
             return size
-        return SizeInt(int(size), Dim(known[0], known[1], dim % tensor.ndim), self)
+        return SizeInt(int(size), Dim(known[0], known[1], int(dim) % tensor.ndim), self)
 
 
 def _int_leaves(tree: Any) -> Iterator[Any]:

@@ -106,6 +106,13 @@ def _attention(m: Any, h: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(h.shape[0], h.shape[1], -1)
 
 
+def _viewed_attention(m: Any, h: Tensor) -> Tensor:
+    q, k = (p(h).unflatten(-1, (m.heads, -1)).transpose(1, 2) for p in (m.q, m.k))
+    v = h.unflatten(-1, (m.heads, m.width)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=0.4).transpose(1, 2).contiguous()
+    return out.view(*h.shape[:2], m.heads * m.width)
+
+
 def _repeat_kv(m: Any, h: Tensor) -> Tensor:
     b, s, _ = h.shape
     x = h.view(b, s, m.kv, 1, m.width).expand(b, s, m.kv, m.groups, m.width)
@@ -115,6 +122,21 @@ def _repeat_kv(m: Any, h: Tensor) -> Tensor:
 def _repeat_kv_literal(m: Any, h: Tensor) -> Tensor:
     b, s, _ = h.shape
     return h.view(b, s, m.kv, 1, m.width).expand(-1, -1, -1, 2, -1).reshape(b, s, -1)
+
+
+def _asserted(m: Any, h: Tensor) -> Tensor:
+    assert h.shape[-1] == m.width
+    return h.relu()
+
+
+def _asserted_multiple(m: Any, h: Tensor) -> Tensor:
+    if h.shape[-1] % m.heads != 0:
+        raise ValueError("the width is no multiple of the heads")
+    return h.unflatten(-1, (m.heads, h.shape[-1] // m.heads)).sin().flatten(-2)
+
+
+def _attention_of_torch(m: Any, h: Tensor) -> Tensor:
+    return m.attention(h, h, h, need_weights=False)[0]
 
 
 def _write(m: Any, h: Tensor) -> Tensor:
@@ -206,6 +228,14 @@ CASES: dict[str, Case] = {
     ),
     "split_uneven": Case(
         lambda m, h: torch.cat(h.split(m.size, -1)[::-1], -1), [], "", attributes={"size": 10}, reachable=False
+    ),
+    "split_with_a_rest": Case(
+        lambda m, h: h.split(m.size, -1)[0],
+        [],
+        "the last is smaller",
+        attributes={"size": 16},
+        after=16,
+        reachable=False,
     ),
     "split_sizes": Case(_split_sizes, [4, 8, 12], attributes={"a": 4, "b": 8, "c": 12}),
     "split_sizes_tuple": Case(
@@ -479,12 +509,37 @@ CASES: dict[str, Case] = {
     # numbers that are more than sizes
     "scaled_by_width": Case(lambda m, h: h * h.shape[-1] ** -0.5, [], "enters the computation", reachable=False),
     "divided_by_width": Case(lambda m, h: h / h.shape[-1], [], "", reachable=False),
+    "branch_on_width": Case(
+        lambda m, h: h * (2.0 if h.shape[-1] > 20 else 0.5), [], "forward asks whether", reachable=False
+    ),
+    "branch_that_cannot_change": Case(lambda m, h: h * (2.0 if h.shape[-1] < 25 else 0.5), [24]),
+    "asserted_width": Case(_asserted, [24], attributes={"width": 24}),
+    "asserted_multiple": Case(_asserted_multiple, [4, 6], attributes={"heads": 4, "width": 6}),
+    "padded_to_a_multiple": Case(
+        lambda m, h: F.pad(h, (0, -h.shape[-1] % 5)), [], "shape[2] % 5", after=25, reachable=False
+    ),
+    "parity_of_width": Case(lambda m, h: h + (h.shape[-1] & 1), [], "enters the computation", reachable=False),
+    "number_of_a_quotient": Case(lambda m, h: h * (h.shape[-1] // 3) ** -0.5, [], "enters", reachable=False),
     "multiplied_by_width": Case(lambda m, h: h * h.shape[-1], [], "", reachable=False),
     "scaled_by_attribute": Case(
         lambda m, h: (h.unflatten(-1, (m.heads, m.width)) * m.width**-0.5).flatten(-2),
         [4],
         "enters the computation",
         attributes=HEADS,
+    ),
+    "viewed_attention": Case(
+        _viewed_attention,
+        [4, 6],
+        others=[6],
+        attributes={**HEADS, "q": lambda: nn.Linear(24, 24), "k": lambda: nn.Linear(24, 24)},
+    ),
+    "multi_head_attention": Case(
+        _attention_of_torch,
+        [],
+        "which cannot follow",
+        others=[24],
+        attributes={"attention": lambda: nn.MultiheadAttention(24, 4, batch_first=True)},
+        reachable=False,
     ),
     # no rule
     "fft": Case(lambda m, h: torch.fft.fft(h).real, [], "aten.fft_fft.default has no rule", reachable=False),
