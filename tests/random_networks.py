@@ -11,6 +11,7 @@ literal, an attribute, the shape of a tensor, arithmetic) is drawn too, for that
 from __future__ import annotations
 
 import linecache
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import randomise
+from helpers import Attention, Block, Mlp, randomise
 from torch import Tensor, nn
 
 WIDTHS = (2, 3, 4, 6, 8, 12)
-_MODULES = {"torch": torch, "nn": nn, "F": F}
+_MODULES = {"torch": torch, "nn": nn, "F": F, "math": math, "Attention": Attention, "Block": Block, "Mlp": Mlp}
 _serial = count()
 
 
@@ -797,6 +798,18 @@ def ranges(b: Builder, x: str) -> None:
                 f"{x}[{colons}::2]",
                 f"{x}[{colons}{low}::2]",
                 f"{x}[{colons}:{high}:3]",
+                f"{x}.narrow({dim}, -{b.size(n - low)}, {b.size(high - low)})",
+                f"{x}[{colons}-{b.size(n - low)}:{f'-{b.size(n - high)}' if high < n else ''}]",
+                f"{x}.select({dim}, -1)",
+                f"{x}[{colons}{b.number(low)}]",
+                f"torch.cat([{x}[{colons}:0], {x}], {dim})",
+                f"{x}.tensor_split([{low}], {dim})[1]",
+                f"{x}.split_with_sizes([{b.size(high)}, {n - high}], {dim})[0]",
+                f"{x}[{colons}{b.size(low)}:{x}.shape[{dim}]]",
+                f"{x}[{colons}{x}.shape[{dim}] // 2:]",
+                f"{x}[{colons}:{x}.shape[{dim}] - 1]",
+                f"{x}[{colons}1:-1]",
+                f"{x}[{colons}{b.size(low)}:{b.size(low)} + {b.size(high - low)}]",
             ]
         )
     )
@@ -936,6 +949,28 @@ def gate(b: Builder, x: str) -> None:
     )
 
 
+@step(3)
+def factors_by_tuple(b: Builder, x: str) -> None:
+    """Sizes kept in a tuple or a list; heads by chunks; a weight per head."""
+    h, d = b.factors(b.shape(x)[-1])
+    sizes = b.attribute("n", b.choose([f"({h}, {d})", f"[{h}, {d}]", f"torch.Size([{h}, {d}])"]))
+    y = b.let(f"{x}.{b.choose(['reshape', 'view'])}(*{x}.shape[:-1], *{sizes})")
+    form = b.between(0, 4)
+    if form == 0:
+        b.put(f"torch.einsum('...hd,hde->...he', {y}, {b.parameter(h, d, b.choose([1, 2, 3]))}).flatten(-2)")
+    elif form == 1:
+        b.put(f"({y} * {b.parameter(h, 1)}).sum(-2)")
+    elif form == 2:
+        b.put(
+            f"({y}.unsqueeze(-2) @ {b.parameter(h, d, d)}).squeeze(-2)"
+            f".reshape(*{x}.shape[:-1], {sizes}[0] * {sizes}[1])"
+        )
+    elif form == 3:
+        b.put(f"torch.cat([{y}.select(-2, i) for i in range({h})][::-1], -1)")
+    else:
+        b.put(f"{y}.mean(-2)")
+
+
 @step(2)
 def outer_product(b: Builder, x: str) -> None:
     y = b.pick(lambda s: len(s) == b.rank(x) and s[:-1] == b.shape(x)[:-1]) or x
@@ -979,6 +1014,22 @@ def in_place(b: Builder, x: str) -> None:
                 f"{y}.masked_fill_({y} > 0.5, 0.1)",
                 f"{y}.zero_()",
                 f"{y}.clamp_(-1, 1)",
+                f"{y}[{y} > 0.5] = 0.1",
+                f"{y}[:, [0]] = 1.0",
+                f"{y}[..., [0]] = 1.0",
+                f"{y}.copy_({x}[..., :1])",
+                f"{y}[...] = {x}.sin()",
+                f"{y}.index_fill_(-1, torch.tensor([0]), 0.5)",
+                f"{y}.index_add_(-1, torch.tensor([{n - 1}]), {x}[..., :1])",
+                f"{y}.softmax(-1)",
+                f"{y}.transpose_(0, -1).unsqueeze_(0)",
+                f"{y}.cumsum_(-1)",
+                f"{y}.tril_()",
+                f"{y}.narrow(-1, 0, {b.size(cut + 1)}).add_(1.0)",
+                f"{y}.unflatten(-1, (1, -1)).mul_(2.0)",
+                f"{y}.select(-1, {cut}).fill_(0.5)",
+                f"{y}.fill_(0.5)",
+                f"{y}.sub_({x}.mean(-1, keepdim=True))",
                 f"{y}.transpose(-1, -2)[..., 0].add_(1.0)",
                 f"{y}[..., {b.size(cut)}:] = {x}[..., {b.size(cut)}:].cos()",
             ]
@@ -1011,6 +1062,145 @@ def constants(b: Builder, x: str) -> None:
                 f"{x}[..., :max({N}, 1)]",
                 f"{x} + float({N} % 2)",
                 f"{x} * ({N} & 3)",
+            ]
+        )
+    )
+
+
+@step(4)
+def numbers(b: Builder, x: str) -> None:
+    """What Python does with sizes beside handing them to an operator.
+
+    Left out is what reads an int without asking it, where tracing cannot look: ``range(n)``, ``items[n]``,
+    ``math.log(n)``, ``math.gcd``, ``math.isqrt``, ``x.shape.numel()``. The oracle refuses those networks.
+    """
+    n = b.shape(x)[-1]
+    size = b.choose([f"{x}.shape[-1]", b.number(n)])
+    other = b.number(b.choose([2, 3]))
+    b.put(
+        b.choose(
+            [
+                f"{x} * int({size})",
+                f"{x} * math.sqrt({size})",
+                f"{x} / {x}.numel()",
+                f"{x} / {x}.nelement()",
+                f"{x} * round({size} / 2)",
+                f"{x} * abs({size})",
+                f"{x} * (+{size})",
+                f"{x} * torch.tensor({size}).to({x})",
+                f"{x} * torch.tensor([float({size})]).to({x})",
+                f"{x} * {x}.new_tensor({size})",
+                f"{x} * {x}.new_full((1,), {size})",
+                f"{x} * sum({x}.shape[1:])",
+                f"{x} * math.prod({x}.shape)",
+                f"{x} * len({x}.mT)",
+                f"{x} * len({x}.transpose(0, -1))",
+                f"{x} * (1.5 if {size} % 2 else 0.5)",
+                f"{x} * (1.5 if {size} & 1 else 0.5)",
+                f"{x} * (1.5 if {size} in (2, 4, 8) else 0.5)",
+                f"{x} * {{{n}: 2.0}}.get({size}, 1.0)",
+                f"{x} * max({size}, {other})",
+                f"{x}[..., : min({size}, {other})]",
+                f"{x} * divmod({size}, 2)[0]",
+                f"{x} * (~{size})",
+                f"{x} * pow({size}, 2)",
+                f"{x} * ({size} << 1)",
+                f"{x} * float({size} // 2)",
+                f"{x} * -(-{size} // 3)",
+                f"{x} ** {other}",
+                f"torch.pow({x}.abs() + 0.5, 1 / {size})",
+                f"torch.full_like({x}, {size}) * {x}",
+                f"{x}.clamp(max={size})",
+                f"{x} * (2.0 if {size} == {other} else 1.0)",
+                f"{x}.reshape(*{x}.shape[:-1], int({size}))",
+                f"{x}.view({x}.shape[:-1] + ({size},))",
+                f"{x}.reshape([*{x}.shape[:-1], {size}])",
+                f"{x}.reshape(list({x}.shape))",
+                f"{x}.reshape(len({x}), -1)",
+                f"{x}.reshape({x}.numel() // {x}.shape[-1], {x}.shape[-1])",
+                f"{x}.reshape(math.prod({x}.shape[:-1]), -1)",
+                f"sum({x}[..., i : i + 1] for i in range({size}))",
+                f"torch.cat([{x}[..., i, None] for i in reversed(range({size}))], -1)",
+                f"torch.stack([t for t in {x}], -1)",
+                f"torch.cat({x}.chunk({size}, -1), 0)",
+                f"{x} + torch.ones(()).to({x}) * {size}",
+            ]
+        )
+    )
+
+
+@step(2, 3)
+def blocks(b: Builder, x: str) -> None:
+    """Three equal blocks, which are traced once."""
+    n = b.shape(x)[-1]
+    heads = b.choose([h for h in (1, 2, 3) if n % h == 0])
+    block = b.choose([f"Mlp({n}, {b.width()})", f"Block({n}, {heads}, {b.width()})", f"Attention({n}, {heads})"])
+    many = b.attribute("m", f"nn.ModuleList({block} for _ in range({b.choose([2, 3, 4])}))")
+    out = b.name("h")
+    b.write(f"{out} = {x}")
+    b.write(f"for block in {many}: {out} = {b.choose([f'{out} + block({out})', f'block({out})'])}")
+    b.put(f"{out}.tanh()")
+
+
+@step(3)
+def made_weights(b: Builder, x: str) -> None:
+    """Weights that are computed: cut, joined, scaled, factorised, made by another layer."""
+    n, o = b.shape(x)[-1], b.width()
+    k = b.between(1, n)
+    m = b.linear(n, o)
+    b.put(
+        b.choose(
+            [
+                f"F.linear({x}, {m}.weight * {b.parameter(o, 1)})",
+                f"F.linear({x}, {m}.weight * {b.parameter(n)}.softmax(0))",
+                f"F.linear({x}[..., :{b.size(k)}], {m}.weight[:, :{b.size(k)}])",
+                f"F.linear({x}, torch.cat([{m}.weight, {b.parameter(2, n)}], 0))",
+                f"F.linear({x}, {b.parameter(o, 2)} @ {b.parameter(2, n)})",
+                f"{x} @ torch.outer({b.parameter(n)}, {b.parameter(o)})",
+                f"F.linear({x}, {b.parameter(o * n)}.view({b.size(o)}, {b.size(n, '-1', f'{x}.shape[-1]')}))",
+                f"F.linear({x}, {m}.weight / {m}.weight.norm(dim=1, keepdim=True))",
+                f"F.linear({x}, {m}.weight / {m}.weight.norm(dim=0, keepdim=True))",
+                f"F.linear({x}, {m}.weight - {m}.weight.mean())",
+                f"F.linear({x}, {m}.weight, {b.parameter(o)}.exp())",
+                f"F.linear({x}, {b.linear(3, o * n)}({b.parameter(3)}).view({o}, -1))",
+                f"({x}.unsqueeze(-1) * {b.parameter(n, o)}).sum(-2)",
+                f"({x}.unsqueeze(-2) * {b.parameter(o, n)}).sum(dim=-1)",
+                f"{b.module(f'nn.utils.parametrizations.weight_norm(nn.Linear({n}, {o}))')}({x})",
+                f"{x} * {b.parameter(1, n)}.expand_as({x}[0, ..., :]).tanh()" if b.rank(x) == 3 else f"{x} * 0.5",
+                f"torch.cat([F.linear({x}, w) for w in {m}.weight.chunk(2)], -1)",
+                f"{x} @ {b.parameter(2, o // 2 or 1, n)}.flatten(0, 1).T",
+            ]
+        )
+    )
+
+
+@step(2)
+def by_keyword(b: Builder, x: str) -> None:
+    n = b.shape(x)[-1]
+    b.put(
+        b.choose(
+            [
+                f"F.linear(input={x}, weight={b.parameter(b.width(), n)})",
+                f"F.linear({x}, bias={b.parameter(4)}, weight={b.parameter(4, n)})",
+                f"torch.matmul(input={x}, other={b.parameter(n, b.width())})",
+                f"torch.softmax(input={x}, dim=-1)",
+                f"torch.sum(input={x}, dim=-1, keepdim=True) * {x}",
+                f"torch.cat(tensors=({x}, {x}), dim=-1)",
+                f"torch.flatten(input={x}, start_dim=1)",
+                f"torch.transpose(input={x}, dim0=0, dim1=-1)",
+                f"torch.mean(input={x}, dim=-1, keepdim=True) - {x}",
+                f"F.layer_norm(input={x}, normalized_shape=[{n}])",
+                f"torch.narrow(input={x}, dim=-1, start=0, length={b.size(n)})",
+                f"torch.split({x}, split_size_or_sections={b.size(b.between(1, n))}, dim=-1)[0]",
+                f"torch.reshape(input={x}, shape=({b.lead(x)}, {b.size(n, '-1')}))",
+                f"torch.repeat_interleave(input={x}, repeats={b.size(2)}, dim=-1)",
+                f"torch.roll(input={x}, shifts=1, dims=-1)",
+                f"torch.cumsum(input={x}, dim=-1)",
+                f"torch.topk(input={x}, k={b.between(1, n)}, dim=-1).values",
+                f"torch.amax(input={x}, dim=-1, keepdim=True) - {x}",
+                f"F.pad(input={x}, pad=(1, 0), mode='constant', value=0.3)",
+                f"torch.index_select(input={x}, dim=-1, index={b.buffer('torch.tensor([0, 0])')})",
+                f"torch.gather(input={x}, dim=-1, index={b.buffer(f'torch.zeros({b.shape(x)}).long()')})",
             ]
         )
     )
@@ -1068,6 +1258,22 @@ def along(b: Builder, x: str) -> None:
                 f"torch.softmax({x}, dim={dim}) * {x}",
                 f"{x}.sort(dim={dim}, descending=True)[0]",
                 f"F.cosine_similarity({x}, {x}.sin(), dim={dim})",
+                f"{x} * F.mse_loss({x}, {x}.sin())",
+                f"{x} - {x}.median(dim={dim}, keepdim=True).values",
+                f"{x} - {x}.quantile(0.3, dim={dim}, keepdim=True)",
+                f"{x} + ({x} > 0.2).any({dim}, keepdim=True) + ({x} > -0.2).all(dim={dim}, keepdim=True)",
+                f"{x} + ({x} > 0).sum({dim}, keepdim=True)",
+                f"{x} + torch.count_nonzero({x} > 0, dim={dim}).unsqueeze({dim})",
+                f"{x} * {x}.argsort({dim})",
+                f"{x} * torch.std_mean({x}, dim={dim}, correction=0, keepdim=True)[1]",
+                f"{x} - {x}.aminmax(dim={dim}, keepdim=True).max",
+                f"{x} + torch.trapezoid({x}, dim={dim}).unsqueeze({dim})",
+                f"{x} * torch.linalg.norm({x}, dim={dim}, keepdim=True)",
+                f"{x} - {x}.nansum({dim}, keepdim=True)",
+                f"torch.renorm({x}, 2, 0, 1.0)",
+                f"F.local_response_norm({x}, 2)",
+                f"{x} + ({x} * {x}.sin()).sum({dim}, keepdim=True)",
+                f"F.softmin({x}, dim={dim})",
             ]
         )
     )
@@ -1083,6 +1289,7 @@ def indexed(b: Builder, x: str) -> None:
     index = [b.between(0, n - 1) for _ in range(b.choose([1, 2, 3]))]
     places = b.buffer(f"torch.tensor({index})")
     many = f"torch.randint({n}, {b.shape(x)})"
+    one = f"torch.randint({b.shape(x)[-1]}, ({b.shape(x)[0]},))"
     b.put(
         b.choose(
             [
@@ -1099,6 +1306,10 @@ def indexed(b: Builder, x: str) -> None:
                 f"{x}.index_fill({dim}, {b.buffer(f'torch.tensor([{index[0]}])')}, 0.5)",
                 f"{x}.tril()",
                 f"{x}.triu(1)",
+                f"{x}[torch.arange({x}.shape[0]), ..., {b.buffer(one)}]",
+                f"{x}[:, {b.buffer(f'torch.randint({b.shape(x)[1]}, (2, 2))')}]",
+                f"{x}[..., None, :]",
+                f"{x}.index_put((torch.tensor([0]),), torch.ones({b.size(b.shape(x)[-1])}).to({x}))",
                 f"torch.diagonal({x}, 0, -1, -2)" if b.rank(x) > 2 else f"{x}.tril()",
             ]
         )

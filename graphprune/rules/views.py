@@ -223,9 +223,14 @@ def _strided(r: Rule, axis: Axis, low: int, high: int, step: int) -> Axis:
 @rule(aten.narrow)
 def narrow(r: Rule, x: Dims, dim: int, start: Any, length: Any) -> Dims:
     dim %= len(x)
-    before, rest = cut_at(r, x[dim], int(start))
-    middle, _ = cut_at(r, rest, int(length))
-    r.size(start, before)
+    first = int(start) % x[dim].size if int(start) < 0 else int(start)
+    before, rest = cut_at(r, x[dim], first)
+    middle, behind = cut_at(r, rest, int(length))
+    if int(start) < 0:  # counted from the end: minus the size of what lies behind
+        r.size(-start, concat([middle, behind]))
+        r.harmless(start)
+    else:
+        r.size(start, before)
     r.size(length, middle)
     return (*x[:dim], middle, *x[dim + 1 :])
 

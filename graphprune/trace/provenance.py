@@ -6,12 +6,15 @@ what ints do; :class:`SizeRecorder` sees them arrive at ``view``, ``split``, ``e
 after pruning every attribute can be given the value its uses demand.
 
 A size that turns into something other than a size (``head_dim ** -0.5``, ``x / heads``) *escapes*: the function the
-model computes depends on it, so it may not change.
+model computes depends on it, so it may not change. So does a size that is compared: the branch that was traced
+depends on the answer. What reads an int without asking it (``range(n)``, ``math.log(n)``) cannot be seen here; the
+oracle refuses to prune such a model wrongly.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +108,7 @@ class SizeInt(int):
     def _escape(self) -> int:
         if self.recorder is not None:
             self.recorder.tell(self.expr)
-        return int(self)
+        return plain(self)
 
     def __float__(self) -> float:
         return float(self._escape())
@@ -116,8 +119,30 @@ class SizeInt(int):
     def __rpow__(self, other: Any, mod: Any = None) -> Any:
         return pow(other, self._escape(), mod)
 
+    def __int__(self) -> int:
+        # A plain int is a literal where it becomes a size; anywhere else it is a number.
+        return self._escape() if self._in_forward() else plain(self)
+
+    def __hash__(self) -> int:
+        return hash(self._escape() if self._in_forward() else plain(self))
+
     def __neg__(self) -> SizeInt:
-        return SizeInt(-int(self), Combined("-", 0, self.expr), self.recorder)
+        return SizeInt(-plain(self), Combined("-", 0, self.expr), self.recorder)
+
+    def __pos__(self) -> SizeInt:
+        return self
+
+    def __abs__(self) -> SizeInt:
+        return self if self >= 0 else -self
+
+    def __invert__(self) -> int:
+        return -self - 1
+
+    def __bool__(self) -> bool:
+        return self != 0
+
+    def _in_forward(self) -> bool:
+        return self.recorder is not None and self.recorder.in_forward
 
     def __truediv__(self, other: Any) -> Any:
         return self._escape() / other
@@ -127,15 +152,15 @@ class SizeInt(int):
 
 
 def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
-    plain = getattr(int, name)
+    of_int = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
         if isinstance(other, float):  # a product with a float is no size any more
             return getattr(float, name)(float(self), other)
-        result = plain(self, other)
+        result = of_int(self, other)
         if result is NotImplemented or isinstance(other, bool):
             return result
-        mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
+        mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else other
         left, right = (theirs, mine) if swap else (mine, theirs)
         return SizeInt(result, Combined(symbol, left, right), self.recorder)
 
@@ -148,12 +173,12 @@ for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "/
 
 
 def _escaping(name: str) -> Callable[[SizeInt, Any], Any]:
-    plain = getattr(int, name)
+    of_int = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
         if isinstance(other, SizeInt):
             other = other._escape()
-        return plain(self._escape(), other)
+        return of_int(self._escape(), other)
 
     return method
 
@@ -165,15 +190,13 @@ for _name in ("and", "or", "xor", "lshift", "rshift", "divmod"):
 
 def _comparison(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
     """What a comparison says has to stay so: the branch that was traced depends on it."""
-    plain = getattr(int, name)
+    of_int = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
-        result = plain(self, other)
-        recorder = self.recorder
-        if recorder is None or not recorder.in_forward:
-            return result
-        if isinstance(other, int) and not isinstance(other, bool):
-            mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
+        result = of_int(self, other)
+        recorder = self.recorder if self._in_forward() else None
+        if recorder is not None and isinstance(other, int) and not isinstance(other, bool):
+            mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else other
             recorder.tell(Combined(symbol, theirs, mine) if swap else Combined(symbol, mine, theirs))
         return result
 
@@ -190,7 +213,9 @@ for _name, _symbol, _swap in (
     ("ge", "<=", True),
 ):
     setattr(SizeInt, f"__{_name}__", _comparison(f"__{_name}__", _symbol, _swap))
-SizeInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+
+
+plain = int.__int__  # the value of a size, without asking for it as the model does
 
 
 def _caller() -> str:
@@ -217,21 +242,22 @@ _SET_GRAD = torch._C._set_grad_enabled
 
 def _without_dispatch(function: Any) -> Any:
     """A Python function of torch as its own lines: it does not hand itself over to a torch function mode."""
-    plain = FunctionType(
+    own = FunctionType(
         function.__code__,
         {**function.__globals__, "has_torch_function": lambda tensors: False},
         function.__name__,
         function.__defaults__,
         function.__closure__,
     )
-    plain.__kwdefaults__ = function.__kwdefaults__
-    return plain
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 # Functions that compare the sizes they are given with those of tensors: traced line by line.
 _SEEN_INSIDE = {
     function: _without_dispatch(function) for function in (torch.nn.functional.multi_head_attention_forward,)
 }
+_COUNTS_ALL = (torch.numel, torch.Tensor.numel, torch.Tensor.nelement)
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -277,6 +303,12 @@ class SizeRecorder(TorchFunctionMode):
         if func is torch.Tensor.size:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._size_of(args[0], dim, func(*args, **kwargs))
+        if func in _COUNTS_ALL:
+            sizes = [self._size_of(args[0], i, n) for i, n in enumerate(_SHAPE_GETTER(args[0]))]
+            return math.prod(sizes[1:], start=sizes[0]) if sizes else 1
+        if func is torch.Tensor.__len__:
+            func(*args)  # raises what there is to raise; Python makes a plain int of what is returned
+            return int(self._size_of(args[0], 0, _SHAPE_GETTER(args[0])[0]))
         if func in _SEEN_INSIDE:
             with self:
                 return _SEEN_INSIDE[func](*args, **kwargs)

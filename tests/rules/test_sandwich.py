@@ -237,6 +237,8 @@ CASES: dict[str, Case] = {
         after=16,
         reachable=False,
     ),
+    "narrow_from_the_end": Case(lambda m, h: h.narrow(-1, -m.n, m.n), [8, 16], after=8, attributes={"n": 8}),
+    "narrow_from_the_end_literal": Case(lambda m, h: h.narrow(-1, -8, 8), [16], "the number 8", after=8),
     "split_sizes": Case(_split_sizes, [4, 8, 12], attributes={"a": 4, "b": 8, "c": 12}),
     "split_sizes_tuple": Case(
         lambda m, h: torch.cat(h.split(m.sizes, dim=-1)[::-1], dim=-1), [4, 8, 12], attributes={"sizes": (4, 8, 12)}
@@ -519,6 +521,13 @@ CASES: dict[str, Case] = {
         lambda m, h: F.pad(h, (0, -h.shape[-1] % 5)), [], "shape[2] % 5", after=25, reachable=False
     ),
     "parity_of_width": Case(lambda m, h: h + (h.shape[-1] & 1), [], "enters the computation", reachable=False),
+    "multiplied_by_number_of_elements": Case(lambda m, h: h / h.numel(), [], "which cannot follow", reachable=False),
+    "multiplied_by_length": Case(lambda m, h: h * len(h.transpose(0, -1)), [], "enters", reachable=False),
+    "multiplied_by_int": Case(lambda m, h: h * int(h.shape[-1]), [], "enters", reachable=False),
+    "branch_on_remainder": Case(
+        lambda m, h: h * (2.0 if h.shape[-1] % 5 else 0.5), [], "asks whether", reachable=False
+    ),
+    "looked_up_width": Case(lambda m, h: h * {24: 2.0}.get(h.shape[-1], 1.0), [], "", reachable=False),
     "number_of_a_quotient": Case(lambda m, h: h * (h.shape[-1] // 3) ** -0.5, [], "enters", reachable=False),
     "multiplied_by_width": Case(lambda m, h: h * h.shape[-1], [], "", reachable=False),
     "scaled_by_attribute": Case(
