@@ -590,7 +590,7 @@ def pooled(b: Builder, x: str) -> None:
     )
 
 
-@step(1, 4)
+@step(2, 4)
 def shuffled(b: Builder, x: str) -> None:
     """Channel shuffle, squeeze-and-excitation, pixel shuffle."""
     n = b.shape(x)[1]

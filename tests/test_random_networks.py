@@ -121,7 +121,7 @@ def test_random_networks(first: int) -> None:
 
 
 def test_every_step_is_drawn() -> None:
-    steps = {step for seed in range(300) for step in random_network(seed).steps}
+    steps = {step for seed in range(600) for step in random_network(seed).steps}
     assert steps == set(STEPS)
 
 

@@ -448,6 +448,7 @@ CASES: dict[str, Case] = {
     "where_masked": Case(lambda m, h: torch.where(h > 0, h, h.sin()).masked_fill(h < -1, 0.5), [24]),
     "in_place": Case(lambda m, h: h.sin().mul_(h).add_(1.0).clamp_(-1, 2), [24]),
     "copies_and_casts": Case(lambda m, h: h.to(torch.float64) + h.type_as(h) + h.clone(), [24]),
+    "cast_by_name": Case(lambda m, h: h.float().to(h.dtype) + h.half().double(), [24]),
     "dropout": Case(lambda m, h: F.dropout(h, 0.5, m.training), [24]),
     "parameter_scale": Case(
         lambda m, h: h * m.scale, [24], attributes={"scale": lambda: nn.Parameter(torch.randn(24))}
