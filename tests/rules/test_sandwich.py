@@ -528,6 +528,10 @@ CASES: dict[str, Case] = {
     "branch_on_remainder": Case(
         lambda m, h: h * (2.0 if h.shape[-1] % 5 else 0.5), [], "asks whether", reachable=False
     ),
+    "multiplied_by_width_of_what_is_cast": Case(
+        lambda m, h: h.float().to(h.dtype) * h.shape[-1], [], "which cannot follow", reachable=False
+    ),
+    "shape_of_what_is_cast": Case(lambda m, h: h.float().to(h.dtype).reshape(h.shape), [24]),
     "looked_up_width": Case(lambda m, h: h * {24: 2.0}.get(h.shape[-1], 1.0), [], "", reachable=False),
     "number_of_a_quotient": Case(lambda m, h: h * (h.shape[-1] // 3) ** -0.5, [], "enters", reachable=False),
     "multiplied_by_width": Case(lambda m, h: h * h.shape[-1], [], "", reachable=False),
