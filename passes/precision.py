@@ -40,6 +40,8 @@ class _Running(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.dtype is not None and func in _CASTS:
+            return self._convert(args[0]).to(self.dtype)
         if func not in _METADATA:
             # What an in-place operator writes to must stay the tensor it is.
             first = 1 if _writes_first(func) else 0
@@ -60,6 +62,9 @@ class _Running(TorchFunctionMode):
             return type(value)(self._convert(item) for item in value)
         return value
 
+
+# Conversions that name their dtype themselves.
+_CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16}
 
 # Asked often, and the same for a tensor and its substitute: not worth a conversion.
 _METADATA = {
