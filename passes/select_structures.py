@@ -148,7 +148,7 @@ def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
     for member in group.members if round_to > 1 else ():
         inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
-    return [gone for gone in range(1, group.size) if (group.size - gone) % unit == 0]
+    return [gone for gone in range(1, group.size - group.minimum + 1) if (group.size - gone) % unit == 0]
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graphprune.ir.axes import Axis, Pin, pin
-from graphprune.ir.program import Program
+from graphprune.ir.axes import Axis, Pin, find, pin
+from graphprune.ir.program import AxisMap, Program
 from graphprune.ir.sizes import Polynomial, disagreement
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import SizeUse
@@ -30,6 +30,8 @@ def solve_sizes(program: Program) -> None:
             pin(axis, why)
         if not clashes:
             break
+    axes: AxisMap = program.need("axes")
+    axes.more_than_one = {find(leaf) for leaf in solver.more_than_one}
     program.attributes = {name: size for name, size in solution.items() if size.symbols()}
 
 
@@ -45,6 +47,7 @@ class _Solver:
         self.equal_sizes = axes.facts.equal_sizes
         self.call_outputs = trace.call_outputs
         self.escapes = trace.escapes
+        self.more_than_one: set[Axis] = set()  # forward does something else when one index is left
         self._old: dict[Attribute, Polynomial] = {}
 
     def solve(self) -> Solution:
@@ -109,13 +112,11 @@ class _Solver:
         left, right = self.evaluate(expr.left, solution), self.evaluate(expr.right, solution)
         if left is None or right is None:
             return self.symbols(expr, solution)
-        low, high = (left - right).bounds()
-        fixed = {
-            "==": low == high == 0 or low > 0 or high < 0,
-            "<": high < 0 or low >= 0,
-            "<=": high <= 0 or low > 0,
-        }[expr.op]
-        if fixed:
+        difference = left - right
+        if _is_decided(expr.op, *difference.bounds()):
+            return set()
+        if _is_decided(expr.op, *difference.bounds(2)):  # only the last index matters: ``groups == 1``
+            self.more_than_one |= difference.symbols()
             return set()
         return disagreement(left, right) if expr.op == "==" else (left - right).symbols()
 
@@ -191,6 +192,13 @@ class _Solver:
         else:
             return None
         return self._invert(inside, unknown, value, solution)
+
+
+def _is_decided(comparison: str, low: int, high: int) -> bool:
+    """Whether a difference between ``low`` and ``high`` always compares with zero alike."""
+    if comparison == "==":
+        return low == high == 0 or low > 0 or high < 0
+    return high < 0 or low >= 0 if comparison == "<" else high <= 0 or low > 0
 
 
 def _no_symbols(axis: Axis) -> int:

@@ -25,7 +25,8 @@ class AxisMap:
 
     ``values`` has the dims of every node (a list of dims for several outputs), ``tensors`` those of every distinct
     parameter and buffer under its canonical name, ``canonical`` every name of a tied tensor → that name.
-    ``unruled`` counts, per operator without a usable rule, the source lines it pinned.
+    ``unruled`` counts, per operator without a usable rule, the source lines it pinned. Of the leaves in
+    ``more_than_one`` at least two indices stay, since forward asks whether there is one (``if groups == 1``).
     """
 
     values: dict[fx.Node, Any]
@@ -33,6 +34,7 @@ class AxisMap:
     canonical: dict[str, str]
     facts: Facts
     unruled: dict[str, list[str]] = field(default_factory=dict)
+    more_than_one: set[Axis] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class NodeGroup:
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
-    which is more than 1 where a kernel demands it.
+    which is more than 1 where a kernel demands it, and at least ``minimum``.
     """
 
     name: str
@@ -63,6 +65,7 @@ class NodeGroup:
     outer: bool
     modules: list[str]
     multiple: int = 1
+    minimum: int = 1
 
     @property
     def size(self) -> int:

@@ -87,12 +87,12 @@ class Polynomial:
             total += factor
         return total
 
-    def bounds(self) -> tuple[int, int]:
-        """Numbers that the value stays between, both included, when every leaf keeps at least one index."""
+    def bounds(self, least: int = 1) -> tuple[int, int]:
+        """Numbers that the value stays between, both included, when every leaf keeps at least ``least`` indices."""
         low = high = 0
         for monomial, factor in self.terms.items():
-            most = factor * math.prod(axis.size for axis in monomial)
-            low, high = low + min(factor, most), high + max(factor, most)
+            ends = (factor * least ** len(monomial), factor * math.prod(axis.size for axis in monomial))
+            low, high = low + min(ends), high + max(ends)
         return low, high
 
     def symbols(self) -> set[Axis]:
