@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 import graphprune.rules  # noqa: F401  (registers the rules)
@@ -21,6 +22,7 @@ from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
+from graphprune.trace.skeleton import names
 
 
 def compile(
@@ -153,6 +155,11 @@ def _program(model: nn.Module, options: Options, example_inputs: Any) -> Program
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    for name, tensor in names(model).items():
+        if is_lazy(tensor):
+            raise GraphPruneError(
+                f"{name} has no shape yet: {type(model).__name__} builds its weights at the first forward. Run it once."
+            )
 
 
 def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_first: int, skip_last: int) -> None:

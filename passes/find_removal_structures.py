@@ -35,8 +35,8 @@ def _reason_to_skip(group: NodeGroup, program: Program, parameters: set[str], sp
     options = program.options
     if group.pins:
         return "pinned: " + group.pins[0]
-    if group.size == 1:
-        return "has one index only"
+    if group.size <= 1:
+        return "has one index only" if group.size else "is empty"
     if not any(member.tensor in parameters for member in group.members):
         return "no parameter lies on it"
     if not group.outer and not options.inner_axes:

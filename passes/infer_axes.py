@@ -73,6 +73,7 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
     if not _is_static(value) or not all(_is_static(source.meta.get("val")) for source in node.all_input_nodes):
         return _unknown(axes, node, args, kwargs, "has a size that depends on values")
+    kwargs, targets = _split_off_targets(node, kwargs)
     rule = find_rule(node.target)
     speaker = Rule(node, axes.facts, source_line)
     out = None
@@ -87,13 +88,24 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
             problem = "has a rule that does not cover this form of it"
         except _UNREADABLE as error:
             problem = f"has a rule that cannot read this call ({type(error).__name__}: {error})"
-    if out is None or not _fits(out, value):
+    if out is None or not _fits(out, value) or not all(_fits(out, target.meta["val"]) for target in targets):
         return _unknown(axes, node, args, kwargs, problem)
+    for target in targets:
+        for axis, other in zip(out, axes.values[target], strict=True):
+            speaker.same(axis, other)
     for size in _sizes((args, kwargs)):
         if id(size) not in speaker.sizes_used:
             # Used as a number, not as a size: what it stands for must keep its value.
             axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), source_line(node)))
     return out
+
+
+def _split_off_targets(node: fx.Node, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[fx.Node]]:
+    """The keyword arguments without those that only receive the result (``out=``), and the nodes of these."""
+    schema = getattr(node.target, "_schema", None)
+    written = {a.name for a in schema.arguments if a.kwarg_only and a.is_write} if schema is not None else set()
+    targets = [kwargs[name] for name in written if isinstance(kwargs.get(name), fx.Node)]
+    return {name: value for name, value in kwargs.items() if name not in written}, targets
 
 
 def _number(value: int) -> Any:

@@ -13,7 +13,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.sizes import Polynomial, disagreement
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import SizeUse
-from graphprune.trace.provenance import Attribute, Combined, Dim, Expr, get_attribute
+from graphprune.trace.provenance import Attribute, Combined, Comparison, Dim, Expr, get_attribute
 
 Solution = dict[Attribute, Polynomial]
 
@@ -44,6 +44,7 @@ class _Solver:
         self.equal_sizes = axes.facts.equal_sizes
         self.call_outputs = trace.call_outputs
         self.escapes = trace.escapes
+        self.comparisons: list[Comparison] = trace.comparisons
         self._old: dict[Attribute, Polynomial] = {}
 
     def solve(self) -> Solution:
@@ -61,7 +62,18 @@ class _Solver:
                 found = self._invert(use.expr, unknown[0], Polynomial.of(use.axis), solution)
                 if found is not None:
                     solution[unknown[0]] = found
+        for attribute, other in self._equated():
+            if attribute not in solution and (size := self.evaluate(other, solution)) is not None:
+                solution[attribute] = size
         return solution
+
+    def _equated(self) -> Iterator[tuple[Attribute, Expr]]:
+        """Attributes that forward checks against a size (``if x.shape[-1] != self.width: raise``): they follow it."""
+        for comparison in self.comparisons:
+            if comparison.op == "==" and comparison.outcome:
+                for one, other in ((comparison.left, comparison.right), (comparison.right, comparison.left)):
+                    if isinstance(one, Attribute) and not isinstance(other, (int, Attribute)):
+                        yield one, other
 
     def clashes(self, solution: Solution) -> Iterator[tuple[Axis, Pin]]:
         """Every leaf that must be pinned for all equations to hold, with the reason."""
@@ -69,9 +81,8 @@ class _Solver:
             want = Polynomial.of(use.axis)
             have = self.evaluate(use.expr, solution)
             if have is None:
-                yield from (
-                    (axis, Pin(f"its size is computed as {show(use.expr)}", use.where)) for axis in want.symbols()
-                )
+                why = Pin(f"its size is computed as {show(use.expr)}", use.where)
+                yield from ((axis, why) for axis in want.symbols() | self._symbols(use.expr, solution))
             elif have != want:
                 what = f"the number {use.expr}" if isinstance(use.expr, int) else show(use.expr)
                 why = Pin(f"its size is given by {what}, which cannot follow", use.where)
@@ -82,10 +93,40 @@ class _Solver:
                 why = Pin("split into equal parts that need not stay equal", where)
                 yield from ((axis, why) for axis in disagreement(sizes[0], size))
         for escape in self.escapes:
-            have = self.evaluate(escape.expr, solution)
-            if have is not None:
-                why = Pin(f"the number {show(escape.expr)} enters the computation", escape.where)
-                yield from ((axis, why) for axis in have.symbols())
+            why = Pin(f"the number {show(escape.expr)} enters the computation", escape.where)
+            yield from ((axis, why) for axis in self._symbols(escape.expr, solution))
+        for comparison in self.comparisons:
+            shown = f"{show(comparison.left)} {comparison.op} {show(comparison.right)}"
+            why = Pin(f"forward asks whether {shown}", comparison.where)
+            yield from ((axis, why) for axis in self._undecided(comparison, solution))
+
+    def _symbols(self, expr: Expr, solution: Solution) -> set[Axis]:
+        """Every free leaf that an expression depends on."""
+        found = self.evaluate(expr, solution)
+        if found is not None:
+            return found.symbols()
+        if isinstance(expr, Combined):
+            return self._symbols(expr.left, solution) | self._symbols(expr.right, solution)
+        return set()
+
+    def _undecided(self, comparison: Comparison, solution: Solution) -> set[Axis]:
+        """The free leaves on which the outcome of a comparison depends.
+
+        Sizes that differ and might come to agree are left to the oracle: that takes one plan in a thousand.
+        """
+        left, right = self.evaluate(comparison.left, solution), self.evaluate(comparison.right, solution)
+        if left is None or right is None:
+            if comparison.op == "==" and not comparison.outcome:
+                return set()
+            return self._symbols(comparison.left, solution) | self._symbols(comparison.right, solution)
+        if comparison.op == "==":
+            return disagreement(left, right) if comparison.outcome else set()
+        low, high = (left - right).bounds()
+        if comparison.op == "<":
+            decided = high < 0 or low >= 0
+        else:
+            decided = high <= 0 or low > 0
+        return set() if decided else (left - right).symbols()
 
     def evaluate(self, expr: Expr, solution: Solution) -> Polynomial | None:
         """The polynomial an expression will have after pruning, or None if it is none."""
@@ -102,6 +143,8 @@ class _Solver:
             if not left.symbols() and not right.symbols():
                 return Polynomial.constant(left.value(_no_symbols) // right.value(_no_symbols))
             return left.divide(right)
+        if expr.op == "%":
+            return _remainder(left, right)
         return {"+": left.__add__, "-": left.__sub__, "*": left.__mul__}[expr.op](right)
 
     def _dim(self, expr: Dim) -> Polynomial | None:
@@ -143,11 +186,17 @@ class _Solver:
             if quotient is None:
                 return None
             value = quotient
-        elif in_left:  # unknown // other == value, exactly
+        elif expr.op == "//" and in_left:  # unknown // other == value, exactly
             value = value * other
         else:
             return None
         return self._invert(inside, unknown, value, solution)
+
+
+def _remainder(left: Polynomial, right: Polynomial) -> Polynomial | None:
+    if not left.symbols() and not right.symbols():
+        return Polynomial.constant(left.value(_no_symbols) % right.value(_no_symbols))
+    return Polynomial.constant(0) if left.divide(right) is not None else None
 
 
 def _no_symbols(axis: Axis) -> int:

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from itertools import count
 from typing import Any, cast
@@ -25,6 +25,7 @@ from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import (
     META_KEY,
     Call,
+    Comparison,
     Escape,
     SizeInt,
     SizeRecorder,
@@ -33,8 +34,9 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
-from graphprune.trace.quiet import without_hooks
+from graphprune.trace.quiet import without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.writes import written_placeholders
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -47,7 +49,8 @@ class Trace:
 
     ``module`` runs the model: its placeholders are, in order, the parameters, buffers and constants in
     ``tensor_names`` (placeholder → name in the model), and the tensors in ``inputs``. ``sized_args`` holds the
-    arguments of every node with :class:`SizeInt` where an integer's source is known.
+    arguments of every node with :class:`SizeInt` where an integer's source is known. ``written`` has the names of the
+    parameters and buffers that forward writes to in place.
     """
 
     module: fx.GraphModule
@@ -59,6 +62,8 @@ class Trace:
     sized_args: dict[fx.Node, tuple[tuple, dict]]
     call_outputs: dict[int, fx.Node | list[fx.Node]]
     escapes: list[Escape] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
@@ -141,7 +146,7 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     entry = _Entry(skeleton, spec, leaves, recorder)
     try:
-        with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), _silence():
+        with without_hooks(skeleton), without_autocast(), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
     except Exception as error:
         if folder is not None and folder.runs:  # perhaps only because of the folding
@@ -149,21 +154,42 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
         if isinstance(error, GraphPruneError):
             raise
         raise _explain(model, error) from error
-    return _read(program, recorder, given)
+    finally:
+        recorder.listening = False
+    found = _read(program, recorder, given)
+    _refuse_shared_memory(model, found.written)
+    return found
+
+
+def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
+    """A tensor that forward writes to may not be another one's memory as well: sliced, each would have its own."""
+    held = names(model)
+    for name in written:
+        storage = held[name].untyped_storage()
+        for other, tensor in held.items():
+            if tensor is not held[name] and storage.size() and tensor.untyped_storage()._cdata == storage._cdata:
+                raise GraphPruneError(
+                    f"Forward writes to {name}, whose memory {other} shares. Pruning would part them: make one a real "
+                    "copy, or tie them by being the same Parameter."
+                )
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch.export prints the graph and logs guesses when it fails; the error that is raised says it better."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
+    logs = [
+        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    ]
+    levels = [log.level for log in logs]
     try:
-        log.setLevel(logging.ERROR)
+        for log in logs:
+            log.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
@@ -174,6 +200,8 @@ def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
     text = str(error).strip().split("\n")[0][:300]
     name = type(model).__name__
     kind = type(error).__name__
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    text += ". Forward hooks are not run while tracing" if hooked else ""
     if "DataDependent" in kind or "data-dependent" in str(error).lower() or "unbacked" in str(error).lower():
         return GraphPruneError(
             f"{name}.forward takes a branch or a size from the values of a tensor, at {where}. A graph cannot hold "
@@ -204,7 +232,9 @@ def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: 
     sized_args, call_outputs, unmatched = _match_calls(program.graph, recorder.calls)
     escapes = [*recorder.escapes, *unmatched]
     copies, gone = unroll(program.graph, {name: by_name[placeholder] for placeholder, name in tensor_names.items()})
-    _repeat_facts(copies, gone, sized_args, call_outputs, escapes)
+    comparisons = list(recorder.comparisons)
+    _repeat_facts(copies, gone, sized_args, call_outputs, escapes, comparisons)
+    written = {tensor_names[node.name] for node in written_placeholders(program.graph) if node.name in tensor_names}
     return Trace(
         module=program.graph_module,
         tensor_names=tensor_names,
@@ -215,6 +245,8 @@ def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: 
         sized_args=sized_args,
         call_outputs=call_outputs,
         escapes=escapes,
+        comparisons=comparisons,
+        written=written,
     )
 
 
@@ -249,6 +281,7 @@ def _repeat_facts(
     sized_args: dict[fx.Node, tuple[tuple, dict]],
     call_outputs: dict[int, fx.Node | list[fx.Node]],
     escapes: list[Escape],
+    comparisons: list[Comparison],
 ) -> None:
     """What is known of a traced block holds for its copies, with their names, and calls numbered anew."""
     for number, nodes in _outputs_of_repeats(gone).items():
@@ -278,6 +311,11 @@ def _repeat_facts(
             Escape(moved(escape.expr, rename, renumber), escape.where, copy.path)
             for escape in list(escapes)
             if escape.block == copy.original
+        ]
+        comparisons += [
+            replace(c, left=moved(c.left, rename, renumber), right=moved(c.right, rename, renumber), block=copy.path)
+            for c in list(comparisons)
+            if c.block == copy.original
         ]
 
 

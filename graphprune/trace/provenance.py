@@ -12,10 +12,13 @@ model computes depends on it, so it may not change.
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,7 +55,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Combined:
-    """``left op right`` with op one of ``+ - * //``."""
+    """``left op right`` with op one of ``+ - * // %``."""
 
     op: str
     left: Expr
@@ -83,6 +86,19 @@ class Escape:
     block: str | None = None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of sizes that forward made, while ``block`` was traced; ``op`` is one of ``== < <=`` and came out
+    as ``outcome``."""
+
+    left: Expr
+    op: str
+    right: Expr
+    outcome: bool
+    where: str
+    block: str | None = None
+
+
 class SizeInt(int):
     """An int that remembers where it came from. ``recorder`` hears of escapes."""
 
@@ -102,9 +118,25 @@ class SizeInt(int):
         return (int, (int(self),))
 
     def _escape(self) -> int:
-        if self.recorder is not None:
+        if self.recorder is not None and self.recorder.listening:
             self.recorder.escapes.append(Escape(self.expr, _caller(), self.recorder.block()))
-        return int(self)
+        return int.__int__(self)
+
+    __hash__ = int.__hash__
+
+    def __int__(self) -> int:
+        return self._escape()
+
+    def _itself(self, *_: Any) -> SizeInt:
+        return self
+
+    __pos__ = __abs__ = __trunc__ = __floor__ = __ceil__ = __round__ = _itself  # type: ignore[assignment]
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
 
     def __float__(self) -> float:
         return float(self._escape())
@@ -116,7 +148,7 @@ class SizeInt(int):
         return pow(other, self._escape(), mod)
 
     def __neg__(self) -> SizeInt:
-        return SizeInt(-int(self), Combined("-", 0, self.expr), self.recorder)
+        return SizeInt(int.__neg__(self), Combined("-", 0, self.expr), self.recorder)
 
     def __truediv__(self, other: Any) -> Any:
         return self._escape() / other
@@ -141,9 +173,45 @@ def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], 
     return method
 
 
-for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
+def _compared(name: str, op: str, swap: bool, negate: bool) -> Callable[[SizeInt, Any], Any]:
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        result = plain(self, other)
+        if result is not NotImplemented and self.recorder is not None and self.recorder.listening:
+            mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
+            left, right = (theirs, mine) if swap else (mine, theirs)
+            found = Comparison(left, op, right, result is not negate, _caller(), self.recorder.block())
+            self.recorder.comparisons[found] = None
+        return result
+
+    return method
+
+
+def _escaping(name: str) -> Callable[..., Any]:
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, *others: Any) -> Any:
+        return plain(self._escape(), *others)
+
+    return method
+
+
+for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
     setattr(SizeInt, f"__{_name}__", _arithmetic(f"__{_name}__", _symbol, swap=False))
     setattr(SizeInt, f"__r{_name}__", _arithmetic(f"__r{_name}__", _symbol, swap=True))
+for _name, _symbol, _swap, _negate in (
+    ("eq", "==", False, False),
+    ("ne", "==", False, True),
+    ("lt", "<", False, False),
+    ("le", "<=", False, False),
+    ("gt", "<", True, False),
+    ("ge", "<=", True, False),
+):
+    setattr(SizeInt, f"__{_name}__", _compared(f"__{_name}__", _symbol, _swap, _negate))
+for _name in ("lshift", "rshift", "and", "or", "xor"):
+    setattr(SizeInt, f"__{_name}__", _escaping(f"__{_name}__"))
+    setattr(SizeInt, f"__r{_name}__", _escaping(f"__r{_name}__"))
 
 
 def _caller() -> str:
@@ -165,6 +233,8 @@ class Call:
 
 
 META_KEY = "graphprune_call"
+# In-place operators after which the tensor has other dimensions than before.
+_RELAYOUT = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 _SET_GRAD = torch._C._set_grad_enabled
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
@@ -181,6 +251,8 @@ class SizeRecorder(TorchFunctionMode):
         self.block = block  # the path of the repeated block that is being traced, if any
         self.calls: dict[int, Call] = {}
         self.escapes: list[Escape] = []
+        self.comparisons: dict[Comparison, None] = {}  # an ordered set
+        self.listening = True  # False once forward has run: what is done with its sizes then is not its doing
         self._number = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -199,6 +271,14 @@ class SizeRecorder(TorchFunctionMode):
         if func is torch.Tensor.size:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._size_of(args[0], dim, func(*args, **kwargs))
+        if func is torch.Tensor.numel or func is torch.Tensor.nelement:
+            return math.prod(self._size_of(args[0], i, n) for i, n in enumerate(args[0].shape))
+        if func is torch.Tensor.__len__:  # len() makes it a plain int
+            return int(self._size_of(args[0], 0, func(*args)))
+        opened = _open(func) if isinstance(func, FunctionType) else None
+        if opened is not None:
+            with self:
+                return opened(*args, **kwargs)
         self._number += 1
         number = self._number
         with fx_traceback.annotate({META_KEY: number}):
@@ -206,7 +286,7 @@ class SizeRecorder(TorchFunctionMode):
         tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
         for index, tensor in enumerate(tensors):
             # In-place calls and no-ops return a tensor that is known already: it keeps its first name.
-            if tensor not in self._known:
+            if tensor not in self._known or getattr(func, "__name__", "") in _RELAYOUT:
                 self._known[tensor] = (number, index)
         if any(isinstance(leaf, SizeInt) for leaf in _int_leaves((args, kwargs))):
             self.calls[number] = Call(getattr(func, "__name__", str(func)), _strip(args), _strip(kwargs))
@@ -217,6 +297,29 @@ class SizeRecorder(TorchFunctionMode):
         if known is None or not isinstance(size, int):
             return size
         return SizeInt(int(size), Dim(known[0], known[1], dim % tensor.ndim), self)
+
+
+def _always_false(*_: Any) -> bool:
+    return False
+
+
+_ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@cache
+def _open(function: FunctionType) -> FunctionType | None:
+    """A torch function that is written in Python, such that the calls inside it are seen one by one.
+
+    Such a function begins by asking whether a mode wants to handle it as a whole; this copy does not ask. Methods of
+    ``Tensor`` stay closed: what they call in C is looked up by name, and would find them again.
+    """
+    asked = [name for name in _ASKS if name in function.__globals__]
+    if not asked or function.__module__ == "torch._tensor":
+        return None
+    world = {**function.__globals__, **dict.fromkeys(asked, _always_false)}
+    opened = FunctionType(function.__code__, world, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
 
 
 def _int_leaves(tree: Any) -> Iterator[Any]:
