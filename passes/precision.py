@@ -79,22 +79,5 @@ def _writes_first(func: Any) -> bool:
 
 
 # ``x[i] = y``, ``x.data = y`` and ``x += y`` with its like.
-_ASSIGNMENTS = {"__setitem__", "__set__"} | {
-    f"__i{name}__"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-    ]
-}
+_IN_PLACE = "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul"
+_ASSIGNMENTS = {"__setitem__", "__set__"} | {f"__i{name}__" for name in _IN_PLACE.split(" ")}

@@ -122,10 +122,7 @@ class _Solver:
         if comparison.op == "==":
             return disagreement(left, right) if comparison.outcome else set()
         low, high = (left - right).bounds()
-        if comparison.op == "<":
-            decided = high < 0 or low >= 0
-        else:
-            decided = high <= 0 or low > 0
+        decided = (high < 0 or low >= 0) if comparison.op == "<" else (high <= 0 or low > 0)
         return set() if decided else (left - right).symbols()
 
     def evaluate(self, expr: Expr, solution: Solution) -> Polynomial | None:

@@ -71,8 +71,8 @@ def _prove(program: Program, model: nn.Module, substitutes: dict[int, Substitute
             return
     raise GraphPruneError(
         f"The pruned {type(model).__name__} does not compute what the masked original computes: in float64 the largest "
-        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model, or its forward uses a "
-        "size where nothing can follow it (as text, as a key, as an index of a list, in numpy). "
+        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model, or "
+        "its forward uses a size where nothing can follow it (as text, as a key, as an index of a list, in numpy). "
         "Nothing was changed; please report it with the output of graphprune.inspect(model)."
     )
 
@@ -108,7 +108,7 @@ def model_outputs(
 
 
 def _own_copy(dtype: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Copies what forward may write to, in the dtype that is computed in, so that no view of it is ever a conversion."""
+    """Copies what forward may write to, in the dtype that is computed in: a view of it is then no conversion."""
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)

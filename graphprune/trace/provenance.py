@@ -130,7 +130,7 @@ class SizeInt(int):
     def _itself(self, *_: Any) -> SizeInt:
         return self
 
-    __pos__ = __abs__ = __trunc__ = __floor__ = __ceil__ = __round__ = _itself  # type: ignore[assignment]
+    __pos__ = __abs__ = __trunc__ = __floor__ = __ceil__ = __round__ = _itself
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other

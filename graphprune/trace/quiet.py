@@ -30,7 +30,7 @@ def without_autocast() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 outside.enter_context(torch.autocast(kind, enabled=False))
-        torch.autocast.__enter__, torch.autocast.__exit__ = _enter_nothing, _exit_nothing  # type: ignore[assignment]
+        torch.autocast.__enter__, torch.autocast.__exit__ = _enter_nothing, _exit_nothing  # type: ignore[method-assign]
         try:
             yield
         finally:
