@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -26,6 +27,9 @@ def infer_axes(program: Program) -> None:
     found: Trace = program.need("trace")
     canonical, tensors = _tensor_dims(program)
     axes = AxisMap({}, tensors, canonical, Facts())
+    for name in canonical:
+        if (reason := found.opaque.hides(name)) is not None:
+            _pin_all(tensors[canonical[name]], Pin(f"inside a module that cannot be traced: {reason}"))
     for node in found.graph.nodes:
         if node.op == "placeholder":
             axes.values[node] = _placeholder(found, axes, node)
@@ -73,6 +77,8 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
     if not _is_static(value) or not all(_is_static(source.meta.get("val")) for source in node.all_input_nodes):
         return _unknown(axes, node, args, kwargs, "has a size that depends on values")
+    if node.target is torch.ops.graphprune.opaque.default:
+        return _hidden(found, axes, node)
     kwargs, targets = _split_off_targets(node, kwargs)
     rule = find_rule(node.target)
     speaker = Rule(node, axes.facts, source_line)
@@ -152,11 +158,20 @@ def _fits(out: Any, value: Any) -> bool:
     return bool(pairs) and all(v is None or _fits(o, v) for o, v in pairs)
 
 
-def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str) -> Any:
-    name = str(node.target)
+def _hidden(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+    """A call of an opaque module."""
+    path = found.opaque.calls[str(node.args[2])].path
+    inside = [dims for name, dims in axes.tensors.items() if name.startswith(f"{path}.")]
+    numbers = sum(math.prod(axis.size for axis in dims) for dims in inside)
+    problem = f"cannot be traced; the {numbers:,} numbers it holds are pinned ({found.opaque.why[path]})"
+    return _unknown(axes, node, node.args[0], {}, problem, f"module {path}")
+
+
+def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str, name: str = "") -> Any:
+    name = name or f"operator {node.target}"
     where = source_line(node)
-    axes.unruled.setdefault(f"{name} {problem}", []).append(where)
-    why = Pin(f"operator {name} {problem}", where)
+    axes.unruled.setdefault(f"{name.removeprefix('operator ')} {problem}", []).append(where)
+    why = Pin(f"{name} {problem}", where)
     for source in node.all_input_nodes:
         _pin_all(axes.values[source], why)
     for size in _sizes((args, kwargs)):

@@ -141,17 +141,21 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
             arguments.append(own(found.constants[node.name]))
         else:
             arguments.append(own(next(given)))
-    with _quietly(program, dtype):
-        return _Masked(program).run_outputs(arguments)
+    real = scratch_copy(program.model, found.written, own) if found.opaque.why else None
+    with without_hooks(real or nn.Identity()), _quietly(program, dtype):
+        return _Masked(program, real).run_outputs(arguments)
 
 
 class _Masked(fx.Interpreter):
     """Runs the graph with the keep-mask of every contracted dimension applied to its operand."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, real: nn.Module | None = None):
+        """``real`` is the original to run opaque modules of, if there are any."""
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs
+        self._opaque = trace.opaque
+        self._real = real
         keep = program.keep_masks()
         self._masks: dict[fx.Node, list[tuple[int, int, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
@@ -178,6 +182,9 @@ class _Masked(fx.Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is torch.ops.graphprune.enter.default:
             return list(args[0])
+        if target is torch.ops.graphprune.opaque.default:
+            call = self._opaque.calls[args[2]]
+            return call.run(self._real.get_submodule(call.path), args[0])
         return super().call_function(target, args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from graphprune.errors import GraphPruneError
 from graphprune.trace.fold_blocks import BLOCK_KEY, Copy, Folder, unroll
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.opaque import CannotHide, Opaque, hide, offender
 from graphprune.trace.provenance import (
     META_KEY,
     Call,
@@ -50,7 +51,7 @@ class Trace:
     ``module`` runs the model: its placeholders are, in order, the parameters, buffers and constants in
     ``tensor_names`` (placeholder → name in the model), and the tensors in ``inputs``. ``sized_args`` holds the
     arguments of every node with :class:`SizeInt` where an integer's source is known. ``written`` has the names of the
-    parameters and buffers that forward writes to in place.
+    parameters and buffers that forward writes to in place, ``opaque`` the modules that could not be traced.
     """
 
     module: fx.GraphModule
@@ -64,6 +65,7 @@ class Trace:
     escapes: list[Escape] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
+    opaque: Opaque = field(default_factory=Opaque)
 
     @property
     def graph(self) -> fx.Graph:
@@ -127,18 +129,21 @@ class _Entry(nn.Module):
         return found
 
 
-def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque | None = None) -> Trace:
     """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
 
     ``inputs`` are real or meta tensors; nothing is computed with them. The model is not touched: what is traced is
     a structural copy that shares its weights, in eval mode and without hooks. With ``fold`` equal blocks are traced
-    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without.
+    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without. ``hidden`` are modules to leave opaque
+    (:mod:`graphprune.trace.opaque`); a module that turns out to need it is added.
 
     Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
     """
     folder = Folder() if fold else None
     recorder = SizeRecorder((lambda: folder.current) if folder else (lambda: None))
     skeleton = copy_structure(model).eval()
+    hidden = hidden or Opaque()
+    hidden.install(skeleton)
     if folder is not None:
         folder.install(skeleton)
     wrap_sizes(skeleton, recorder)
@@ -153,12 +158,27 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
             return trace(model, inputs, fold=False)
         if isinstance(error, GraphPruneError):
             raise
-        raise _explain(model, error) from error
+        more = _hide_offender(model, inputs, skeleton, hidden, error)
+        return trace(model, inputs, fold=False, hidden=more)
     finally:
         recorder.listening = False
     found = _read(program, recorder, given)
     _refuse_shared_memory(model, found.written)
+    found.opaque = hidden
+    found.written |= {name for name in names(model) if hidden.hides(name)}  # perhaps: nobody sees what they do
     return found
+
+
+def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden: Opaque, error: Exception) -> Opaque:
+    """``hidden`` with the module added that ``error`` comes from. Raises what to tell the user where that cannot be."""
+    path = offender(skeleton, error)
+    try:
+        return hide(model, inputs, hidden, path or "", _line(error))
+    except CannotHide as reason:
+        told = _explain(model, error)
+        if path:
+            told = GraphPruneError(f"{told} The module {path} cannot be left out of the graph either: {reason}.")
+        raise told from error
 
 
 def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
@@ -192,10 +212,20 @@ def _silence() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
+def _last_frame(error: Exception) -> traceback.FrameSummary | None:
+    """Where in the user's code an error was raised."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _LIBRARY)]
     frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
-    last = frames[-1] if frames else None
+    return frames[-1] if frames else None
+
+
+def _line(error: Exception) -> str:
+    last = _last_frame(error)
+    return f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}: {last.line}" if last else type(error).__name__
+
+
+def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
+    last = _last_frame(error)
     where = f"{last.filename}:{last.lineno} in {last.name}: {last.line}" if last else "unknown line"
     text = str(error).strip().split("\n")[0][:300]
     name = type(model).__name__
