@@ -112,7 +112,8 @@ class _Solver:
     def _undecided(self, comparison: Comparison, solution: Solution) -> set[Axis]:
         """The free leaves on which the outcome of a comparison depends.
 
-        Sizes that differ and might come to agree are left to the oracle: that takes one plan in a thousand.
+        Left to the oracle are sizes that differ and might come to agree, and what is so only at size 1 (``groups > 1``):
+        few plans do either, and most forwards then do the same in another way.
         """
         left, right = self.evaluate(comparison.left, solution), self.evaluate(comparison.right, solution)
         if left is None or right is None:

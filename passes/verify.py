@@ -22,6 +22,7 @@ from graphprune.ir.program import Program, dim_mask
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.trace.backends import use_portable
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import seeded, without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names, scratch_copy
@@ -98,6 +99,7 @@ def model_outputs(
     args, kwargs = tree_map_only(torch.Tensor, own, program.inputs)
     try:
         scratch = scratch_copy(model, program.need("trace").written, clone)
+        use_portable(scratch, tracing=False)
         with without_hooks(scratch), _quietly(program, dtype, substitutes):
             return output_tensors(scratch(*args, **kwargs))
     except Exception as error:
@@ -141,16 +143,17 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
             arguments.append(own(found.constants[node.name]))
         else:
             arguments.append(own(next(given)))
-    real = scratch_copy(program.model, found.written, own) if found.opaque.why else None
-    with without_hooks(real or nn.Identity()), _quietly(program, dtype):
+    real = scratch_copy(program.model, found.written, own) if found.opaque.why else nn.Identity()
+    use_portable(real, tracing=False)
+    with without_hooks(real), _quietly(program, dtype):
         return _Masked(program, real).run_outputs(arguments)
 
 
 class _Masked(fx.Interpreter):
     """Runs the graph with the keep-mask of every contracted dimension applied to its operand."""
 
-    def __init__(self, program: Program, real: nn.Module | None = None):
-        """``real`` is the original to run opaque modules of, if there are any."""
+    def __init__(self, program: Program, real: nn.Module):
+        """``real`` is the original, to run opaque modules of if there are any."""
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs

@@ -88,10 +88,10 @@ class Polynomial:
         return total
 
     def bounds(self) -> tuple[int, int]:
-        """The least and the greatest value it can have when every symbol is between 1 and its present size."""
+        """The least and the greatest value it can have when every symbol is between 2 and its present size."""
         low = high = 0
         for monomial, factor in self.terms.items():
-            ends = (factor, factor * math.prod(axis.size for axis in monomial))
+            ends = (factor * 2 ** len(monomial), factor * math.prod(axis.size for axis in monomial))
             low, high = low + min(ends), high + max(ends)
         return low, high
 

@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.backends import use_portable
 from graphprune.trace.fold_blocks import BLOCK_KEY, Copy, Folder, unroll
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.opaque import CannotHide, Opaque, hide, offender
@@ -142,6 +143,7 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque
     folder = Folder() if fold else None
     recorder = SizeRecorder((lambda: folder.current) if folder else (lambda: None))
     skeleton = copy_structure(model).eval()
+    use_portable(skeleton, tracing=True)
     hidden = hidden or Opaque()
     hidden.install(skeleton)
     if folder is not None:
