@@ -46,6 +46,7 @@ def compile(
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
+    emit: str = "module",
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Remove ``ratio`` of all parameters of ``model`` and return a smaller dense model of the same class.
@@ -72,6 +73,11 @@ def compile(
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
+        emit: ``"module"`` for the same class, or ``"graph"`` for a :class:`torch.fx.GraphModule`, for models whose
+            Python cannot follow (axes pinned because "its size is given by the number …"). It takes and returns what
+            forward takes and returns for ``example_inputs``, and only that: shapes other than those of the pruned
+            axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
+            :func:`save`; its ``state_dict`` and ``torch.export`` can.
         progress: called with the name of every pass that starts.
 
     Returns:
@@ -82,7 +88,7 @@ def compile(
         GraphPruneError: for anything the user can act on; the model is then as it was.
     """
     start = time.perf_counter()
-    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last)
+    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, emit, inplace)
     options = Options(
         ratio=ratio,
         method=method,
@@ -100,6 +106,7 @@ def compile(
         length=length,
         verify=verify,
         inplace=inplace,
+        emit=emit,
     )
     program = _program(model, options, example_inputs)
     program.progress = progress
@@ -113,15 +120,17 @@ def compile(
     return pruned
 
 
-def inspect(model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False) -> Inspection:
+def inspect(
+    model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False, emit: str = "module"
+) -> Inspection:
     """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
 
-    ``print`` it to read it. ``example_inputs`` and ``inner_axes`` as in :func:`compile`.
+    ``print`` it to read it. ``example_inputs``, ``inner_axes`` and ``emit`` as in :func:`compile`.
 
     Raises :class:`GraphPruneError` when the model cannot be traced.
     """
     _check_model(model)
-    program = _program(model, Options(inner_axes=inner_axes), example_inputs)
+    program = _program(model, Options(inner_axes=inner_axes, emit=emit), example_inputs)
     run_passes(program, pipelines.ANALYSE)
     return Inspection(program)
 
@@ -136,6 +145,8 @@ def _pipeline(program: Program, plan: Plan | None) -> tuple[Pass, ...]:
     front: tuple[Pass, ...] = pipelines.PLAN
     if plan is not None:
         front = (pipelines.PLAN[0], *pipelines.ANALYSE, replay_plan(plan), pipelines.PLAN[-1])
+    if options.emit == "graph":
+        return (*front, *(pipelines.EMIT_GRAPH[:1] if on_meta or not options.verify else pipelines.EMIT_GRAPH))
     if on_meta or not options.verify:
         return (*front, *pipelines.EMIT_UNVERIFIED)
     return (*front, *(pipelines.EMIT_IN_PLACE if options.inplace else pipelines.EMIT))
@@ -162,7 +173,16 @@ def _check_model(model: Any) -> None:
             )
 
 
-def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_first: int, skip_last: int) -> None:
+def _check_arguments(
+    model: Any,
+    ratio: Any,
+    plan: Any,
+    round_to: int,
+    skip_first: int,
+    skip_last: int,
+    emit: str,
+    inplace: bool,
+) -> None:
     _check_model(model)
     if plan is not None:
         if not isinstance(plan, Plan):
@@ -175,6 +195,10 @@ def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_firs
         )
     if round_to < 1:
         raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
+    if emit not in ("module", "graph"):
+        raise GraphPruneError(f"emit is 'module' (the same class) or 'graph' (a torch.fx.GraphModule), not {emit!r}.")
+    if emit == "graph" and inplace:
+        raise GraphPruneError("emit='graph' makes a new module: inplace is for emit='module'.")
     if skip_first < 0 or skip_last < 0:
         raise GraphPruneError("skip_first and skip_last count blocks and cannot be negative.")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Misaligned, Pin, pin
+from graphprune.ir.axes import Misaligned, Pin, pin, unify
 from graphprune.ir.program import AxisMap, Program
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, dims_of, find_rule
@@ -35,6 +35,9 @@ def infer_axes(program: Program) -> None:
             axes.values[node] = _placeholder(found, axes, node)
         elif node.op == "call_function":
             axes.values[node] = _call(found, axes, node)
+    for name, node in found.rebound.items():
+        for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
+            unify(axis, other)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]

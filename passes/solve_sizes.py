@@ -12,6 +12,7 @@ from graphprune.ir.axes import Axis, Pin, pin
 from graphprune.ir.program import Program
 from graphprune.ir.sizes import Polynomial, disagreement
 from graphprune.passes.base import compiler_pass
+from graphprune.passes.emit_graph import rewrite_of
 from graphprune.rules.registry import SizeUse
 from graphprune.trace.provenance import Attribute, Combined, Comparison, Dim, Expr, get_attribute
 
@@ -45,11 +46,17 @@ class _Solver:
         self.call_outputs = trace.call_outputs
         self.escapes = trace.escapes
         self.comparisons: list[Comparison] = trace.comparisons
+        self.in_graph = program.options.emit == "graph"
+        if self.in_graph:  # every number stands by itself there: what is no size keeps its value
+            self.escapes, self.comparisons = [], []
+            self.uses = [use for use in self.uses if use.node is not None and rewrite_of(use.node.target) is None]
         self._old: dict[Attribute, Polynomial] = {}
 
     def solve(self) -> Solution:
         """Attributes that stand alone first, then those inside a sum or product with known ones."""
         solution: Solution = {}
+        if self.in_graph:
+            return solution
         compound = []
         for use in self.uses:
             if isinstance(use.expr, Attribute):
@@ -112,8 +119,8 @@ class _Solver:
     def _undecided(self, comparison: Comparison, solution: Solution) -> set[Axis]:
         """The free leaves on which the outcome of a comparison depends.
 
-        Left to the oracle are sizes that differ and might come to agree, and what is so only at size 1 (``groups > 1``):
-        few plans do either, and most forwards then do the same in another way.
+        Left to the oracle are sizes that differ and might come to agree, and what is so only at size 1
+        (``groups > 1``): few plans do either, and most forwards then do the same in another way.
         """
         left, right = self.evaluate(comparison.left, solution), self.evaluate(comparison.right, solution)
         if left is None or right is None:

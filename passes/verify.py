@@ -98,7 +98,8 @@ def model_outputs(
 
     args, kwargs = tree_map_only(torch.Tensor, own, program.inputs)
     try:
-        scratch = scratch_copy(model, program.need("trace").written, clone)
+        written = program.need("trace").written & set(names(model))
+        scratch = scratch_copy(model, written, clone)
         use_portable(scratch, tracing=False)
         with without_hooks(scratch), _quietly(program, dtype, substitutes):
             return output_tensors(scratch(*args, **kwargs))

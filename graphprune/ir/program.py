@@ -102,6 +102,7 @@ class Options:
     length: int = 128
     verify: bool = True
     inplace: bool = False
+    emit: str = "module"
 
 
 @dataclass

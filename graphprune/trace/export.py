@@ -45,6 +45,13 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _LIBRARY = ("/torch/", "/graphprune/trace/", "/torch\\")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Stands for the tensor ``outputs[place]``."""
+
+    place: int
+
+
 @dataclass
 class Trace:
     """A traced model.
@@ -67,6 +74,9 @@ class Trace:
     comparisons: list[Comparison] = field(default_factory=list)
     written: set[str] = field(default_factory=set)
     opaque: Opaque = field(default_factory=Opaque)
+    rebound: dict[str, fx.Node] = field(default_factory=dict)  # buffer that forward replaces → its new value
+    out_spec: Any = None  # the structure that forward returned, None if pytree does not know it
+    out_leaves: list[Any] = field(default_factory=list)  # of that structure; a Place for each tensor
 
     @property
     def graph(self) -> fx.Graph:
@@ -104,6 +114,27 @@ def output_tensors(out: Any) -> list[torch.Tensor]:
     return []
 
 
+def _structure(out: Any, found: list[torch.Tensor]) -> tuple[Any, list[Any]]:
+    """The pytree of an output with a :class:`Place` for each tensor, or (None, []) if it holds anything else."""
+    leaves, spec = tree_flatten(out)
+    places = {id(tensor): Place(i) for i, tensor in enumerate(found)}
+    made = [places.get(id(leaf), leaf) for leaf in leaves]
+    made = [int(leaf) if isinstance(leaf, SizeInt) else leaf for leaf in made]
+    if sum(isinstance(leaf, Place) for leaf in made) != len(found):
+        return None, []
+    known = all(isinstance(leaf, (Place, bool, int, float, str, type(None))) for leaf in made)
+    return (spec, made) if known else (None, [])
+
+
+@dataclass
+class _Returned:
+    """What forward returned; see :func:`_structure`."""
+
+    spec: Any = None
+    leaves: list[Any] = field(default_factory=list)
+    rebound: list[str] = field(default_factory=list)  # buffers that forward replaced, whose new values come last
+
+
 class _Entry(nn.Module):
     """The model with tensors in and tensors out; everything else is bound here."""
 
@@ -113,6 +144,7 @@ class _Entry(nn.Module):
         self.spec = spec
         self.leaves = leaves
         self.recorder = recorder
+        self.returned = _Returned()  # an object: torch.export undoes assignments to a module
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         given = iter(tensors)
@@ -122,12 +154,19 @@ class _Entry(nn.Module):
             self.recorder.know(tensor, name)
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
+        held = names(self.model)
         with self.recorder:
             out = self.model(*args, **kwargs)
         found = output_tensors(out)
+        self.returned.spec, self.returned.leaves = _structure(out, found)
         if not found:
             raise GraphPruneError(f"{type(self.model).__name__}.forward returns no tensor: there is nothing to keep.")
-        return found
+        now = names(self.model)
+        with torch._C.DisableTorchFunction():
+            self.returned.rebound = [
+                name for name, old in held.items() if now[name] is not old and now[name].shape == old.shape
+            ]
+        return [*found, *(now[name] for name in self.returned.rebound)]
 
 
 def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque | None = None) -> Trace:
@@ -164,10 +203,12 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque
         return trace(model, inputs, fold=False, hidden=more)
     finally:
         recorder.listening = False
-    found = _read(program, recorder, given)
+    found = _read(program, recorder, given, entry.returned.rebound)
     _refuse_shared_memory(model, found.written)
     found.opaque = hidden
+    found.out_spec, found.out_leaves = entry.returned.spec, entry.returned.leaves
     found.written |= {name for name in names(model) if hidden.hides(name)}  # perhaps: nobody sees what they do
+    found.written |= set(found.rebound)  # which the emitted graph does in place
     return found
 
 
@@ -244,7 +285,9 @@ def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
     return GraphPruneError(f"{name} could not be traced, at {where}. ({kind}: {text})")
 
 
-def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor]) -> Trace:
+def _read(
+    program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor], replaced: list[str]
+) -> Trace:
     tensor_names, constants, input_names = {}, {}, []
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
@@ -267,18 +310,21 @@ def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: 
     comparisons = list(recorder.comparisons)
     _repeat_facts(copies, gone, sized_args, call_outputs, escapes, comparisons)
     written = {tensor_names[node.name] for node in written_placeholders(program.graph) if node.name in tensor_names}
+    outputs = [gone.get(node, node) for node in outputs]
+    plain = len(outputs) - len(replaced)
     return Trace(
         module=program.graph_module,
         tensor_names=tensor_names,
         constants=constants,
         inputs=given,
         input_names=input_names,
-        outputs=[gone.get(node, node) for node in outputs],
+        outputs=outputs[:plain],
         sized_args=sized_args,
         call_outputs=call_outputs,
         escapes=escapes,
         comparisons=comparisons,
         written=written,
+        rebound=dict(zip(replaced, outputs[plain:], strict=True)),
     )
 
 
