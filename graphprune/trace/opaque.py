@@ -149,7 +149,8 @@ def hide(model: nn.Module, inputs: Inputs, known: Opaque, path: str, why: str) -
     parameters = {name: p.numel() for name, p in model.named_parameters()}
     if sum(n for name, n in parameters.items() if found.hides(name)) > MOST * sum(parameters.values()):
         raise CannotHide("most parameters are inside")
-    _run(model, inputs, found, [name for name in held if found.hides(name) or name in dict(model.named_buffers())])
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    _run(model, inputs, found, [name for name in held if name in buffers or found.hides(name)])
     return found
 
 

@@ -25,6 +25,8 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 2) -> Any:
         self.calls += 1
+        if self.kind == "overwrites":
+            x.add_(1)
         return getattr(self, self.kind)(self.linear(x), scale)
 
     def branch(self, h: Tensor, scale: float) -> Tensor:
@@ -49,6 +51,9 @@ class Gate(nn.Module):
 
     def plain(self, h: Tensor, scale: float) -> Tensor:
         return h * scale
+
+    def overwrites(self, h: Tensor, scale: float) -> Tensor:
+        return h * scale if h.sum() > 0 else -h
 
     def fails(self, h: Tensor, scale: float) -> Tensor:
         raise RuntimeError("out of luck")
@@ -144,6 +149,10 @@ def test_a_size_that_goes_in_is_a_number() -> None:
         (lambda: net("fails"), "out of luck"),
         (lambda: nn.Sequential(Gate("branch", 7), nn.Linear(7, 3)), "most parameters are inside"),
         (lambda: Gate("branch", 7), "from the values of a tensor"),
+        (
+            lambda: net("overwrites"),
+            r"layers\.0\.gate cannot be left out of the graph either: it writes into its inputs",
+        ),
     ],
 )
 def test_refused(model: Any, message: str) -> None:
