@@ -34,6 +34,7 @@ class Report:
         seconds: pass → seconds. total_seconds: of the whole call.
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
+        emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
     """
 
     parameters_before: int
@@ -49,6 +50,7 @@ class Report:
     total_seconds: float
     history: list[Report]
     base_config: Any
+    emitted: str = "module"
 
     @property
     def ratio(self) -> float:
@@ -61,6 +63,7 @@ class Report:
         return (
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
             f"{axes}, {proof}, {self.total_seconds:.1f} s"
+            + (", as a graph for the shapes of the example inputs only" if self.emitted == "graph" else "")
         )
 
 
@@ -89,6 +92,7 @@ def make_report(
         total_seconds=total_seconds,
         history=[*earlier.history, earlier] if earlier else [],
         base_config=base_config,
+        emitted=program.options.emit,
     )
 
 

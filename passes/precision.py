@@ -80,4 +80,9 @@ _METADATA = {
 
 def _writes_first(func: Any) -> bool:
     name = str(getattr(func, "__name__", "")).partition(".")[0]
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+    return name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+
+
+# ``x[i] = y``, ``x.data = y`` and ``x += y`` with its like.
+_IN_PLACE = "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul"
+_ASSIGNMENTS = {"__setitem__", "__set__"} | {f"__i{name}__" for name in _IN_PLACE.split(" ")}

@@ -12,6 +12,7 @@ from graphprune.ir.axes import Axis, Pin, find, pin
 from graphprune.ir.program import AxisMap, Program
 from graphprune.ir.sizes import Polynomial, disagreement
 from graphprune.passes.base import compiler_pass
+from graphprune.passes.emit_graph import rewrite_of
 from graphprune.rules.registry import SizeUse
 from graphprune.trace.provenance import Attribute, Combined, Dim, Expr, get_attribute
 
@@ -48,11 +49,17 @@ class _Solver:
         self.call_outputs = trace.call_outputs
         self.escapes = trace.escapes
         self.more_than_one: set[Axis] = set()  # forward does something else when one index is left
+        self.in_graph = program.options.emit == "graph"
+        if self.in_graph:  # every number stands by itself there: what is no size keeps its value
+            self.escapes = []
+            self.uses = [use for use in self.uses if use.node is not None and rewrite_of(use.node.target) is None]
         self._old: dict[Attribute, Polynomial] = {}
 
     def solve(self) -> Solution:
         """Attributes that stand alone first, then those inside a sum or product with known ones."""
         solution: Solution = {}
+        if self.in_graph:
+            return solution
         compound = []
         for use in self.uses:
             if isinstance(use.expr, Attribute):

@@ -9,10 +9,13 @@ the full-size operator sees the removed indices and the sliced one does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map_only
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
@@ -22,9 +25,10 @@ from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.rules.registry import Contraction
+from graphprune.trace.backends import use_portable
 from graphprune.trace.export import Trace, output_tensors
-from graphprune.trace.quiet import eval_mode, without_hooks
-from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.quiet import seeded, without_autocast, without_hooks
+from graphprune.trace.skeleton import copy_structure, names, scratch_copy
 
 # Largest difference allowed, relative to the largest output: rounding of the dtype that both are computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -71,7 +75,8 @@ def _prove(program: Program, model: nn.Module, substitutes: dict[int, Substitute
             return
     raise GraphPruneError(
         f"The pruned {type(model).__name__} does not compute what the masked original computes: in float64 the largest "
-        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model. "
+        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model, or "
+        "its forward uses a size where nothing can follow it (as text, as a key, as an index of a list, in numpy). "
         "Nothing was changed; please report it with the output of graphprune.inspect(model)."
     )
 
@@ -87,11 +92,20 @@ def _precision(program: Program, wanted: torch.dtype) -> torch.dtype | None:
 def model_outputs(
     program: Program, model: nn.Module, dtype: torch.dtype, substitutes: dict[int, Substitute]
 ) -> list[torch.Tensor]:
-    """What ``model`` returns for the example inputs, in eval mode and computed in ``dtype``; its state is restored."""
-    args, kwargs = program.inputs
+    """What ``model`` returns for the example inputs, in eval mode and computed in ``dtype``; its state stays."""
+    own = _own_copy(_precision(program, dtype))
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        substitute = substitutes.get(id(tensor))
+        return own(tensor if substitute is None else substitute(tensor))
+
+    args, kwargs = tree_map_only(torch.Tensor, own, program.inputs)
     try:
-        with eval_mode(model), without_hooks(model), running_in(_precision(program, dtype), substitutes):
-            return output_tensors(model(*args, **kwargs))
+        written = program.need("trace").written & set(names(model))
+        scratch = scratch_copy(model, written, clone)
+        use_portable(scratch, tracing=False)
+        with without_hooks(scratch), _quietly(program, dtype, substitutes):
+            return output_tensors(scratch(*args, **kwargs))
     except Exception as error:
         raise GraphPruneError(
             f"The pruned {type(model).__name__} does not run: {type(error).__name__}: {error}. "
@@ -99,32 +113,56 @@ def model_outputs(
         ) from error
 
 
+def _own_copy(dtype: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies what forward may write to, in the dtype that is computed in: a view of it is then no conversion."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)
+
+    return copy
+
+
+@contextmanager
+def _quietly(program: Program, dtype: torch.dtype, substitutes: dict[int, Substitute] | None = None) -> Iterator[None]:
+    """What both sides run in: the same precision, no autocast, the same random numbers."""
+    with torch.no_grad(), seeded(), without_autocast(), running_in(_precision(program, dtype), substitutes):
+        yield
+
+
 def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
     """The outputs of the masked original on the example inputs, computed in ``dtype``."""
     found: Trace = program.need("trace")
     held = names(program.model)
+    own = _own_copy(_precision(program, dtype))
+    copies = {id(held[name]): own(held[name]) for name in found.written}  # one for all names of a tied tensor
     given = iter(found.inputs)
     arguments: list[Any] = []
     for node in found.graph.nodes:
         if node.op != "placeholder":
             continue
         if node.name in found.tensor_names:
-            arguments.append(held[found.tensor_names[node.name]].detach())
+            tensor = held[found.tensor_names[node.name]]
+            arguments.append(copies.get(id(tensor), tensor.detach()))
         elif node.name in found.constants:
-            arguments.append(found.constants[node.name])
+            arguments.append(own(found.constants[node.name]))
         else:
-            arguments.append(next(given))
-    with torch.no_grad(), running_in(_precision(program, dtype)):
-        return _Masked(program).run_outputs(arguments)
+            arguments.append(own(next(given)))
+    real = scratch_copy(program.model, found.written, own) if found.opaque.why else nn.Identity()
+    use_portable(real, tracing=False)
+    with without_hooks(real), _quietly(program, dtype):
+        return _Masked(program, real).run_outputs(arguments)
 
 
 class _Masked(fx.Interpreter):
     """Runs the graph with the keep-mask of every contracted dimension applied to its operand."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, real: nn.Module):
+        """``real`` is the original, to run opaque modules of if there are any."""
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs
+        self._opaque = trace.opaque
+        self._real = real
         selection = program.selection()
         self._masks: dict[fx.Node, list[tuple[Contraction, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
@@ -157,6 +195,9 @@ class _Masked(fx.Interpreter):
         if target is torch.ops.aten.view.default:
             # The trace was of fake tensors, whose fused attention may lay its output out otherwise than the real one.
             target = torch.ops.aten.reshape.default
+        if target is torch.ops.graphprune.opaque.default:
+            call = self._opaque.calls[args[2]]
+            return call.run(self._real.get_submodule(call.path), args[0])
         return super().call_function(target, args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:

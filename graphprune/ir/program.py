@@ -26,7 +26,7 @@ class AxisMap:
     ``values`` has the dims of every node (a list of dims for several outputs), ``tensors`` those of every distinct
     parameter and buffer under its canonical name, ``canonical`` every name of a tied tensor → that name.
     ``unruled`` counts, per operator without a usable rule, the source lines it pinned. Of the leaves in
-    ``more_than_one`` at least two indices stay, since forward asks whether there is one (``if groups == 1``).
+    ``more_than_one`` a planner keeps two indices, since forward asks whether there is one (``if groups == 1``).
     """
 
     values: dict[fx.Node, Any]
@@ -111,6 +111,7 @@ class Options:
     length: int = 128
     verify: bool = True
     inplace: bool = False
+    emit: str = "module"
 
 
 @dataclass

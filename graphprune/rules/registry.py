@@ -92,6 +92,7 @@ class SizeUse:
     expr: Expr
     axis: Axis
     where: str
+    node: fx.Node | None = None  # the operator that it is an argument of; None for a number that is no size
 
 
 @dataclass
@@ -193,7 +194,7 @@ class Rule:
             self.sizes_used.add(id(value))
         if isinstance(value, int) and int(value) >= 0:
             expr: Expr = value.expr if isinstance(value, SizeInt) else int(value)
-            self._facts.size_uses.append(SizeUse(expr, axis, self.where))
+            self._facts.size_uses.append(SizeUse(expr, axis, self.where, self.node))
 
     def harmless(self, value: Any) -> None:
         """``value`` is a size here, but what is done with it does not depend on it (``slice`` to the very end)."""

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -249,26 +250,11 @@ class Call:
 
 
 META_KEY = "graphprune_call"
+# In-place operators after which the tensor has other dimensions than before.
+_RELAYOUT = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 _SET_GRAD = torch._C._set_grad_enabled
 
 
-def _without_dispatch(function: Any) -> Any:
-    """A Python function of torch as its own lines: it does not hand itself over to a torch function mode."""
-    own = FunctionType(
-        function.__code__,
-        {**function.__globals__, "has_torch_function": lambda tensors: False},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    own.__kwdefaults__ = function.__kwdefaults__
-    return own
-
-
-# Functions that compare the sizes they are given with those of tensors: traced line by line.
-_SEEN_INSIDE = {
-    function: _without_dispatch(function) for function in (torch.nn.functional.multi_head_attention_forward,)
-}
 _COUNTS_ALL = (torch.numel, torch.Tensor.numel, torch.Tensor.nelement)
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
@@ -321,9 +307,10 @@ class SizeRecorder(TorchFunctionMode):
         if func is torch.Tensor.__len__:
             func(*args)  # raises what there is to raise; Python makes a plain int of what is returned
             return int(self._size_of(args[0], 0, _SHAPE_GETTER(args[0])[0]))
-        if func in _SEEN_INSIDE:
+        opened = _open(func) if isinstance(func, FunctionType) else None
+        if opened is not None:
             with self:
-                return _SEEN_INSIDE[func](*args, **kwargs)
+                return opened(*args, **kwargs)
         self._number += 1
         number = self._number
         self.in_forward = False
@@ -335,7 +322,7 @@ class SizeRecorder(TorchFunctionMode):
         tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
         for index, tensor in enumerate(tensors):
             # In-place calls and no-ops return a tensor that is known already: it keeps its first name.
-            if tensor not in self._known:
+            if tensor not in self._known or getattr(func, "__name__", "") in _RELAYOUT:
                 self._known[tensor] = (number, index)
         if any(isinstance(leaf, SizeInt) for leaf in _int_leaves((args, kwargs))):
             self.calls[number] = Call(getattr(func, "__name__", str(func)), _strip(args), _strip(kwargs))
@@ -346,6 +333,29 @@ class SizeRecorder(TorchFunctionMode):
         if known is None or not isinstance(size, int):
             return size
         return SizeInt(int(size), Dim(known[0], known[1], int(dim) % tensor.ndim), self)
+
+
+def _always_false(*_: Any) -> bool:
+    return False
+
+
+_ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@cache
+def _open(function: FunctionType) -> FunctionType | None:
+    """A torch function that is written in Python, such that the calls inside it are seen one by one.
+
+    Such a function begins by asking whether a mode wants to handle it as a whole; this copy does not ask. Methods of
+    ``Tensor`` stay closed: what they call in C is looked up by name, and would find them again.
+    """
+    asked = [name for name in _ASKS if name in function.__globals__]
+    if not asked or function.__module__ == "torch._tensor":
+        return None
+    world = {**function.__globals__, **dict.fromkeys(asked, _always_false)}
+    opened = FunctionType(function.__code__, world, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
 
 
 def _int_leaves(tree: Any) -> Iterator[Any]:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import eval_mode, without_hooks
+from graphprune.trace.quiet import without_hooks
+from graphprune.trace.skeleton import scratch_copy
 
 # Which argument is the activation, which of its dimensions is contracted, and which argument is the weight.
 _CONSUMERS: dict[Any, tuple[int, int, int]] = {
@@ -71,11 +72,17 @@ class InputNorms(TorchFunctionMode):
         self.counts[weight] = self.counts.get(weight, 0) + rows.numel() // squares.numel()
 
 
-def run_calibration(model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode) -> None:
-    """Run batches through the model in eval mode under ``mode``; the model is left as it was."""
+def run_calibration(
+    model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode, written: Iterable[str]
+) -> None:
+    """Run batches under ``mode`` through a copy of the model that shares its weights; the model stays as it is.
+
+    ``written`` names the tensors that forward writes to.
+    """
+    scratch = scratch_copy(model, written)
     try:
-        with eval_mode(model), without_hooks(model), mode:
+        with torch.no_grad(), without_hooks(scratch), mode:
             for batch in batches:
-                model(**batch)
+                scratch(**batch)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error

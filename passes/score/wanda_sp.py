@@ -28,7 +28,7 @@ def wanda_sp(program: Program) -> Scores:
         if any(leaf in wanted for leaf in leaves(axes.tensors[name][dim]))
     }
     norms = InputNorms(tensors[name] for name, _ in consumers)
-    run_calibration(program.model, calibration_batches(program), norms)
+    run_calibration(program.model, calibration_batches(program), norms, program.need("trace").written)
     scores: Scores = {}
     for name, dim in sorted(consumers):
         weight, dims = tensors[name], axes.tensors[name]
