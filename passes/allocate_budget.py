@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from graphprune.errors import GraphPruneError
@@ -11,9 +12,7 @@ from graphprune.passes.base import compiler_pass
 
 def _rank_within(values: torch.Tensor) -> torch.Tensor:
     """Per layer: the share of the axis that scores lower. Every axis then shrinks by the same share."""
-    rank = torch.empty_like(values)
-    rank[values.argsort(stable=True)] = torch.arange(len(values), dtype=values.dtype) + 0.5
-    return rank / len(values)
+    return (torch.arange(len(values), dtype=values.dtype) + 0.5) / len(values)
 
 
 def _relative_to_mean(values: torch.Tensor) -> torch.Tensor:
@@ -22,6 +21,7 @@ def _relative_to_mean(values: torch.Tensor) -> torch.Tensor:
     return values / mean if mean > 0 else torch.zeros_like(values)
 
 
+# Scores of one axis, sorted, float64 → keys that can be compared over axes, sorted too.
 RANKINGS = {"per-layer": _rank_within, "global": _relative_to_mean}
 
 
@@ -31,17 +31,19 @@ def allocate_budget(program: Program) -> None:
     ranking = program.options.ranking
     if ranking not in RANKINGS:
         raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
-    scores, choices = {}, {}
+    names, keys, indices, choices = [], [], [], {}
     for name, values in program.need("scores").items():
         if values.ndim == 2:
             choices[name], values = _from_each_row(values)
-        scores[name] = values
-    names = list(scores)
-    keys = torch.cat([RANKINGS[ranking](scores[name].double()) for name in names] or [torch.zeros(0)])
-    group = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)] or [torch.zeros(0).long()])
-    index = torch.cat([torch.arange(len(scores[name])) for name in names] or [torch.zeros(0).long()])
-    first_to_go = keys.argsort(stable=True)
-    program.order = Order(names, group[first_to_go], index[first_to_go], choices)
+        found = values.double().sort(stable=True)
+        names.append(name)
+        keys.append(RANKINGS[ranking](found.values))
+        indices.append(found.indices)
+    nothing = torch.zeros(0)
+    # Sorted runs behind each other: NumPy's stable sort only merges them.
+    first_to_go = torch.from_numpy(np.argsort(torch.cat(keys or [nothing]).numpy(), kind="stable"))
+    group = torch.cat([torch.full((len(one),), i) for i, one in enumerate(indices)] or [nothing.long()])
+    program.order = Order(names, group[first_to_go], torch.cat(indices or [nothing.long()])[first_to_go], choices)
 
 
 def _from_each_row(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

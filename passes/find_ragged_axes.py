@@ -34,6 +34,11 @@ Leaves = set[Axis]
 
 @compiler_pass(requires=("groups", "axes"), ensures=("ragged",))
 def find_ragged_axes(program: Program) -> None:
+    """Group → the group that it is ragged under, when inner axes are to be pruned; nothing otherwise."""
+    program.ragged = ragged_axes(program) if program.options.inner_axes else {}
+
+
+def ragged_axes(program: Program) -> dict[str, str]:
     """Group → the group that it is ragged under: of several that qualify, the one with the most indices.
 
     Where two could be ragged under each other, the later one in the order of the parameters is, so there are no cycles.
@@ -52,7 +57,7 @@ def find_ragged_axes(program: Program) -> None:
         fitting = [axis for axis in groups if axis in possible and not _is_below(axis, leaf, outer)]
         if fitting:
             outer[leaf] = max(fitting, key=lambda axis: axis.size)
-    program.ragged = {group.name: groups[outer[leaf]].name for leaf, group in groups.items() if leaf in outer}
+    return {group.name: groups[outer[leaf]].name for leaf, group in groups.items() if leaf in outer}
 
 
 def _is_below(axis: Axis, other: Axis, outer: dict[Axis, Axis]) -> bool:

@@ -15,6 +15,7 @@ from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, concrete, dims_of, find_rule, is_stand_in
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
+from graphprune.trace.quiet import collected_later
 from graphprune.trace.skeleton import names
 
 # What a rule may raise when it meets a form of its operator that it cannot read; the operator then counts as unknown.
@@ -31,11 +32,12 @@ def infer_axes(program: Program) -> None:
         if (reason := found.opaque.hides(name)) is not None:
             _pin_all(tensors[canonical[name]], Pin(f"inside a module that cannot be traced: {reason}"))
     width = program.options.width
-    for node in found.graph.nodes:
-        if node.op == "placeholder":
-            axes.values[node] = _placeholder(found, axes, node)
-        elif node.op == "call_function":
-            axes.values[node] = _call(found, axes, node, width)
+    with collected_later():
+        for node in found.graph.nodes:
+            if node.op == "placeholder":
+                axes.values[node] = _placeholder(found, axes, node)
+            elif node.op == "call_function":
+                axes.values[node] = _call(found, axes, node, width)
     for name, node in found.rebound.items():
         for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
             unify(axis, other)

@@ -6,6 +6,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
 from graphprune.passes.base import Pass, compiler_pass
+from graphprune.passes.find_ragged_axes import ragged_axes
 
 
 def replay_plan(plan: Plan) -> Pass:
@@ -14,9 +15,10 @@ def replay_plan(plan: Plan) -> Pass:
     Raises :class:`GraphPruneError` when the plan was made for another architecture or touches a pinned axis.
     """
 
-    @compiler_pass(requires=("groups", "ragged"), ensures=("plan",))
+    @compiler_pass(requires=("groups",), ensures=("plan",))
     def replay_plan(program: Program) -> None:
         groups = {group.name: group for group in program.need("groups")}
+        ragged = program.ragged or (ragged_axes(program) if plan.under else {})
         for name, size in plan.sizes.items():
             group = groups.get(name)
             if group is None or group.size != size:
@@ -28,15 +30,15 @@ def replay_plan(plan: Plan) -> Pass:
             if group.pins:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
             if name in plan.under:
-                _check_outer(program, plan, name)
+                _check_outer(program, ragged, plan, name)
         program.plan = plan
 
     return replay_plan
 
 
-def _check_outer(program: Program, plan: Plan, name: str) -> None:
+def _check_outer(program: Program, ragged: dict[str, str], plan: Plan, name: str) -> None:
     outer, rows = plan.under[name], len(plan.keep[name])
-    possible = program.need("ragged").get(name)
+    possible = ragged.get(name)
     if possible != outer:
         here = "one choice for all" if possible is None else f"choices under {possible!r}"
         raise GraphPruneError(

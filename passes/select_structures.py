@@ -30,26 +30,28 @@ def select_structures(program: Program) -> None:
     if reachable < wanted:
         raise _unreachable(program, reachable / counter.total)
     removed = _fill(counter, blocks, blocks.longest_prefix(counter, wanted), wanted)
-    keep: dict[str, Keep] = {}
+    kept: dict[str, torch.Tensor] = {}
     sizes, under = {}, {}
     for group in program.need("prunable"):
         count = removed.get(group.name, 0)
         if count:
-            keep[group.name] = _kept(blocks.removed_from(group.name, count), group.size)
+            kept[group.name] = _kept(blocks.removed_from(group.name, count), group.size)
             sizes[group.name] = group.size
             if group.name in blocks.choices:
                 under[group.name] = program.need("ragged")[group.name]
     reached = 1 - counter.count(removed) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, under)
+    keep: dict[str, Keep] = {name: indices.tolist() for name, indices in kept.items()}
+    plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, under)
+    program.follow(plan, kept)
 
 
-def _kept(removed: torch.Tensor, size: int) -> Keep:
+def _kept(removed: torch.Tensor, size: int) -> torch.Tensor:
     """What is left of ``range(size)``; of several rows of removed indices, row by row."""
     if removed.ndim == 2:
-        return [_kept(row, size) for row in removed]  # type: ignore[misc]
+        return torch.stack([_kept(row, size) for row in removed])
     kept = torch.ones(size, dtype=torch.bool)
     kept[removed] = False
-    return kept.nonzero().flatten().tolist()
+    return kept.nonzero().flatten()
 
 
 class ParameterCounter:
@@ -104,11 +106,13 @@ class _Blocks:
         self.steps = {name: _steps(groups[name], program, round_to) for name in order.names}
         self.indices: dict[str, torch.Tensor] = {}
         is_end = torch.zeros(len(order.group), dtype=torch.bool)
-        by_group = order.group.argsort(stable=True)
+        # Of small numbers torch sorts short ones sooner.
+        by_group = order.group.to(torch.int16 if len(order.names) < 2**15 else torch.int64).argsort(stable=True)
         sizes = order.group.bincount(minlength=len(order.names)).tolist()
         for name, places in zip(order.names, by_group.split(sizes), strict=True):
             self.indices[name] = order.index[places]
-            is_end[places[torch.tensor(self.steps[name], dtype=torch.long) - 1]] = True
+            steps = self.steps[name]
+            is_end[places[torch.arange(steps.start, max(steps.start, steps.stop), steps.step) - 1]] = True
         self.queue = order.group[is_end]
 
     def removed_from(self, name: str, count: int) -> torch.Tensor:
@@ -136,19 +140,18 @@ class _Blocks:
         return low
 
 
-def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
-    """How many indices may be gone: every count that leaves at least one, and widths in multiples of ``round_to``.
+def _steps(group: NodeGroup, program: Program, round_to: int) -> range:
+    """How many indices may be gone: every count that leaves the minimum, and widths in multiples of ``round_to``.
 
-    Kernels may want multiples of their own.
-
-    An axis that is a factor of a wider dimension (heads of 64) needs multiples of less.
+    Kernels may want multiples of their own. An axis that is a factor of a wider dimension (heads of 64) needs multiples
+    of less.
     """
     unit = group.multiple
     tensors = program.need("axes").tensors
     for member in group.members if round_to > 1 else ():
         inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
-    return [gone for gone in range(1, group.size - group.minimum + 1) if (group.size - gone) % unit == 0]
+    return range(group.size % unit or unit, group.size - group.minimum + 1, unit)
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:

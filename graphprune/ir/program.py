@@ -153,15 +153,19 @@ class Program:
     def selection(self) -> Selection:
         """What the plan keeps of every axis that it prunes."""
         plan: Plan = self.need("plan")
-        if self._selection is not None and self._selection[0] is plan:
-            return self._selection[1]
+        if self._selection is None or self._selection[0] is not plan:
+            self.follow(plan, {name: torch.tensor(kept) for name, kept in plan.keep.items()})
+        assert self._selection is not None
+        return self._selection[1]
+
+    def follow(self, plan: Plan, kept: dict[str, torch.Tensor]) -> None:
+        """Make ``plan`` the program's; ``kept`` are its indices as tensors."""
         axes = {group.name: find(group.axis) for group in self.need("groups")}
         selection = {}
-        for name, kept in plan.keep.items():
+        for name, indices in kept.items():
             outer = axes[plan.under[name]] if name in plan.under else None
-            selection[axes[name]] = Kept(axes[name].size, torch.tensor(kept), outer)
-        self._selection = (plan, selection)
-        return selection
+            selection[axes[name]] = Kept(axes[name].size, indices, outer)
+        self.plan, self._selection = plan, (plan, selection)
 
     def ragged_axes(self) -> dict[Axis, Axis]:
         """Every prunable leaf that may choose other indices under each index of another → that other one."""

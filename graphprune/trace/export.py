@@ -35,7 +35,7 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
-from graphprune.trace.quiet import without_autocast, without_hooks
+from graphprune.trace.quiet import unchecked_distributions, without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 from graphprune.trace.writes import written_placeholders
 
@@ -190,7 +190,7 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     entry = _Entry(skeleton, spec, leaves, recorder)
     try:
-        with without_hooks(skeleton), without_autocast(), torch.no_grad(), preserved_annotations(), _silence():
+        with _undisturbed(skeleton), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
         found = _read(program, recorder, given, entry.returned.rebound)
     except Exception as error:
@@ -231,6 +231,12 @@ def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
                     f"Forward writes to {name}, whose memory {other} shares. Pruning would part them: make one a real "
                     "copy, or tie them by being the same Parameter."
                 )
+
+
+@contextmanager
+def _undisturbed(skeleton: nn.Module) -> Iterator[None]:
+    with without_hooks(skeleton), without_autocast(), unchecked_distributions():
+        yield
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -71,3 +72,27 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
         for module, kind, hooks in stash:
             getattr(module, kind).clear()
             getattr(module, kind).update(hooks)
+
+
+@contextmanager
+def unchecked_distributions() -> Iterator[None]:
+    """Distributions inside do not check their arguments: that is a branch on values, which no graph can hold."""
+    kind = torch.distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        kind.set_default_validate_args(before)
+
+
+@contextmanager
+def collected_later() -> Iterator[None]:
+    """No garbage collection inside: a graph is many small objects that all stay, and each search among them is long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
