@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
@@ -12,8 +10,12 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced_shape
+from graphprune.trace.inputs import Inputs
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure
+
+# What code says of shapes that do not fit, or of tensors without values.
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 class UntracedSizes(GraphPruneError):
@@ -28,11 +30,13 @@ def check_cached_sizes(program: Program) -> None:
     """
     if program.inputs[1].get("use_cache") is not False:
         return
-    error = _error_with_cache(_pruned_shapes(program), program.inputs)
-    if error is not None and _error_with_cache(copy_structure(program.model, _to_meta), program.inputs) is None:
-        raise UntracedSizes(
-            f"{type(program.model).__name__} runs without a cache when pruned like this, but not with one: {error}"
-        )
+    try:
+        _run_with_cache(_pruned_shapes(program), program.inputs)
+    except _REFUSALS as error:
+        if _runs_with_cache(copy_structure(program.model, _to_meta), program.inputs):
+            raise UntracedSizes(
+                f"{type(program.model).__name__} runs without a cache when pruned like this, but not with one: {error}"
+            ) from error
 
 
 def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,11 +55,15 @@ def _pruned_shapes(program: Program) -> nn.Module:
     return model
 
 
-def _error_with_cache(model: nn.Module, inputs: Any) -> Exception | None:
+def _run_with_cache(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
+    with eval_mode(model), without_hooks(model):
+        model(*args, **{**kwargs, "use_cache": True})
+
+
+def _runs_with_cache(model: nn.Module, inputs: Inputs) -> bool:
     try:
-        with eval_mode(model), without_hooks(model):
-            model(*args, **{**kwargs, "use_cache": True})
-    except Exception as error:  # noqa: BLE001  (whatever the model's code thinks of these shapes is the answer)
-        return error
-    return None
+        _run_with_cache(model, inputs)
+    except _REFUSALS:
+        return False
+    return True
