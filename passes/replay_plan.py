@@ -27,6 +27,10 @@ def replay_plan(plan: Plan) -> Pass:
                 )
             if group.pins:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
+            if len(plan.keep[name]) < group.minimum:
+                raise GraphPruneError(
+                    f"The plan keeps {len(plan.keep[name])} indices of {name!r}, of which a router chooses {group.minimum}."
+                )
         program.plan = plan
 
     return replay_plan

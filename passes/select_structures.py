@@ -17,7 +17,7 @@ from graphprune.passes.base import compiler_pass
 
 @compiler_pass(requires=("order", "axes", "prunable"), ensures=("plan",))
 def select_structures(program: Program) -> None:
-    """Reach ``ratio`` of all parameters to within one structure; at least one index stays on every axis.
+    """Reach ``ratio`` of all parameters to within one structure; what must stay of an axis stays.
 
     Raises :class:`GraphPruneError` saying how far it can go, and what pins the rest, when that is not enough.
     """
@@ -39,7 +39,7 @@ def select_structures(program: Program) -> None:
             keep[group.name] = kept.nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width)
+    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, options.experts)
 
 
 class ParameterCounter:
@@ -124,7 +124,7 @@ class _Blocks:
 
 
 def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
-    """How many indices may be gone: every count that leaves at least one, and widths in multiples of ``round_to``.
+    """How many indices may be gone: every count that leaves at least ``minimum``, and widths in multiples of ``round_to``.
 
     Kernels may want multiples of their own.
 
@@ -135,7 +135,7 @@ def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
     for member in group.members if round_to > 1 else ():
         inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
-    return [gone for gone in range(1, group.size) if (group.size - gone) % unit == 0]
+    return [gone for gone in range(1, group.size - group.minimum + 1) if (group.size - gone) % unit == 0]
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:
@@ -179,6 +179,6 @@ def _unreachable(program: Program, reachable: float) -> GraphPruneError:
     lines = "".join(f"\n  {line}" for line in worst)
     return GraphPruneError(
         f"ratio {program.options.ratio} cannot be reached: {reachable:.4f} is as far as it goes with one index left "
-        f"on every axis{f' and round_to={program.options.round_to}' if program.options.round_to > 1 else ''}. "
+        f"on every axis (or what its router chooses){f' and round_to={program.options.round_to}' if program.options.round_to > 1 else ''}. "
         f"What holds the most of the rest:{lines}"
     )

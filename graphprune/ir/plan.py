@@ -24,6 +24,7 @@ class Plan:
         skipped: name of every axis left alone → the reason.
         method: how the plan was made.
         width: whether it may prune what statistics are taken over; see :func:`graphprune.compile`.
+        experts: whether it may prune what a router chooses from.
     """
 
     ratio: float
@@ -32,6 +33,7 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     method: str = ""
     width: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:  # NaN is neither
@@ -53,6 +55,7 @@ class Plan:
             "method": self.method,
             "ratio": self.ratio,
             **({"width": True} if self.width else {}),
+            **({"experts": True} if self.experts else {}),
             "axes": {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()},
             "skipped": self.skipped,
         }
@@ -77,12 +80,17 @@ class Plan:
             keep = {str(name): [_index(i) for i in axis["keep"]] for name, axis in axes.items()}
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
-            width = data.get("width", False)
-            if not isinstance(width, bool):
-                raise TypeError(f"width is {width!r}")
-            return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")), width)
+            method = str(data.get("method", ""))
+            return cls(float(data["ratio"]), keep, sizes, skipped, method, _flag(data, "width"), _flag(data, "experts"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}")
+    return value
 
 
 def _index(value: Any) -> int:

@@ -52,7 +52,7 @@ class NodeGroup:
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
-    which is more than 1 where a kernel demands it.
+    which is more than 1 where a kernel demands it. At least ``minimum`` indices stay: as many as a router chooses.
     """
 
     name: str
@@ -62,6 +62,7 @@ class NodeGroup:
     outer: bool
     modules: list[str]
     multiple: int = 1
+    minimum: int = 1
 
     @property
     def size(self) -> int:
@@ -100,6 +101,7 @@ class Options:
     skip_last: int = 0
     inner_axes: bool = False
     width: bool = False
+    experts: bool = False
     seed: int = 0
     samples: int = 32
     length: int = 128
