@@ -81,9 +81,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from graphprune.io.models import load_model
 
     model, _ = load_model(options.model)
-    found = graphprune.inspect(
-        model, inner_axes=options.inner_axes, width=options.width, experts=options.experts
-    )
+    found = graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width, experts=options.experts)
     print(found)
 
 

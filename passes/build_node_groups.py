@@ -45,9 +45,9 @@ def build_node_groups(program: Program) -> None:
         for leaf in set(leaves(axis)) & groups.keys():
             group = groups[leaf]
             group.multiple = math.lcm(group.multiple, of // math.gcd(of, inner_width(axis, leaf)))
-    for axis, chosen in axes.facts.selections.ranked:
-        if find(axis) in groups:
-            groups[find(axis)].minimum = max(groups[find(axis)].minimum, chosen)
+    for axis, minimum in axes.facts.minimums:
+        for leaf in set(leaves(axis)) & groups.keys():
+            groups[leaf].minimum = max(groups[leaf].minimum, minimum)
     for node, dims in axes.values.items():
         if node.op == "call_function":
             for leaf in _leaves_of(dims):

@@ -40,7 +40,7 @@ def infer_axes(program: Program) -> None:
     for name, dims in tensors.items():
         if name not in used:
             _pin_all(dims, Pin("not used by forward"))
-    settle(axes.facts.selections)
+    settle(axes.facts)
     program.axes = axes
 
 

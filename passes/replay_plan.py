@@ -29,7 +29,8 @@ def replay_plan(plan: Plan) -> Pass:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
             if len(plan.keep[name]) < group.minimum:
                 raise GraphPruneError(
-                    f"The plan keeps {len(plan.keep[name])} indices of {name!r}, of which a router chooses {group.minimum}."
+                    f"The plan keeps {len(plan.keep[name])} indices of {name!r}; {group.minimum} must stay, which is "
+                    "how many a router chooses, or what its code needs."
                 )
         program.plan = plan
 

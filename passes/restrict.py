@@ -1,6 +1,7 @@
 """Statistics over what is kept, for the masked original.
 
-With ``width`` a norm or a mean is to be that of the kept indices, and with ``experts`` a router chooses among them. The oracle therefore runs the true operator on the
+With ``width`` a norm or a mean is to be that of the kept indices, and with ``experts`` a router chooses
+among them. The oracle therefore runs the true operator on the
 kept slice of its operands. Which dimensions of an operand its statistic is taken over is told here once more, from the
 operator's arguments alone: the axis rules do not decide it, so a wrong one shows. What is removed has the value that
 the operator gives at full size, not zero, so that whoever still reads it is found too.

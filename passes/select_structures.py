@@ -39,7 +39,9 @@ def select_structures(program: Program) -> None:
             keep[group.name] = kept.nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, options.experts)
+    program.plan = Plan(
+        reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, options.experts
+    )
 
 
 class ParameterCounter:
@@ -124,7 +126,7 @@ class _Blocks:
 
 
 def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
-    """How many indices may be gone: every count that leaves at least ``minimum``, and widths in multiples of ``round_to``.
+    """How many indices may be gone: every count that leaves ``minimum``, and widths in multiples of ``round_to``.
 
     Kernels may want multiples of their own.
 
@@ -177,8 +179,9 @@ def _unreachable(program: Program, reachable: float) -> GraphPruneError:
             held[f"{group.name} ({size:,} parameters): {reason}"] = size
     worst = sorted(held, key=lambda line: -held[line])[:5]
     lines = "".join(f"\n  {line}" for line in worst)
+    rounded = f" and round_to={program.options.round_to}" if program.options.round_to > 1 else ""
     return GraphPruneError(
         f"ratio {program.options.ratio} cannot be reached: {reachable:.4f} is as far as it goes with one index left "
-        f"on every axis (or what its router chooses){f' and round_to={program.options.round_to}' if program.options.round_to > 1 else ''}. "
+        f"on every axis (or what must stay of it){rounded}. "
         f"What holds the most of the rest:{lines}"
     )

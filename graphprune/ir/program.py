@@ -52,7 +52,7 @@ class NodeGroup:
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
-    which is more than 1 where a kernel demands it. At least ``minimum`` indices stay: as many as a router chooses.
+    which is more than 1 where a kernel demands it. At least ``minimum`` indices stay.
     """
 
     name: str

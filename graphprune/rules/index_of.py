@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Axis, Pin, find, leaves, pin
-from graphprune.rules.registry import Selections
+from graphprune.ir.axes import Axis, Pin, factors, find, leaves, pin
+from graphprune.rules.registry import Facts, Selections
 
 aten = torch.ops.aten
 
@@ -69,12 +69,15 @@ _LOOKS_UP_WITH = {
     aten.one_hot: 0,
     aten.histc: 0,
 }
+_JOINS = {aten.cat, aten.concat, aten.concatenate, aten.stack}
 _SHAPE_ONLY = {aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like, aten._assert_tensor_metadata}
 
 
 def follow_indices(node: fx.Node, known: Selections) -> Iterator[Axis]:
     """Note what the output of ``node`` indexes, and give every axis whose indices it reads as numbers."""
-    packet = getattr(node.target, "overloadpacket", None)
+    packet: Any = getattr(node.target, "overloadpacket", None)
+    if packet in _JOINS and _join(node, known):
+        return
     for place, source in _sources(node):
         axis = known.running_sums.get(source)
         if axis is not None and place == 0:
@@ -95,15 +98,30 @@ def follow_indices(node: fx.Node, known: Selections) -> Iterator[Axis]:
             yield axis
 
 
-def settle(known: Selections) -> None:
-    """Once all axes are known: whatever is not an axis that a router chooses from, as a whole, is pinned after all."""
+def _join(node: fx.Node, known: Selections) -> bool:
+    """True when all tensors that ``node`` joins index one axis."""
+    axes = [known.index_of.get(source) for source in node.args[0]]  # type: ignore[union-attr, arg-type]
+    first = axes[0]
+    if first is None or any(axis is None or find(axis) is not find(first) for axis in axes):
+        return False
+    _note(node, first, known)
+    return True
+
+
+def settle(facts: Facts) -> None:
+    """Once all axes are known: whatever is not an axis that a router chooses from is pinned after all.
+
+    Of experts in groups only whole groups may go: how many a group must keep depends on how many groups are chosen.
+    """
     routed = set()
-    for axis, _ in known.ranked:
-        if find(axis).kind == "leaf":
-            routed.add(find(axis))
-        else:
-            pin(axis, Pin("chosen from in groups"))
-    for axis, why in known.pins:
+    for axis, chosen in facts.selections.ranked:
+        outer, *inner = factors(axis)
+        for factor in inner if outer.kind == "leaf" else [outer, *inner]:
+            pin(factor, Pin("experts of a group that a router chooses from"))
+        if outer.kind == "leaf":
+            facts.minimums.append((outer, -(-chosen * outer.size // find(axis).size)))
+            routed.add(outer)
+    for axis, why in facts.selections.pins:
         for leaf in leaves(axis):
             if leaf not in routed:
                 pin(leaf, why)

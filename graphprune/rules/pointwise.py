@@ -21,7 +21,6 @@ def _is_dims(value: Any) -> bool:
     "pointwise",
     aten.to,
     aten._to_copy,
-    aten.type_as,
     aten.clone,
     aten.contiguous,
     aten.detach,
@@ -101,6 +100,11 @@ def _is_dims(value: Any) -> bool:
 def pointwise(r: Rule, *args: Any, **kwargs: Any) -> Dims:
     tensors = [a for a in (*args, *kwargs.values()) if _is_dims(a)]
     return r.broadcast(*tensors)
+
+
+@rule(aten.type_as)
+def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
+    return x
 
 
 @rule(aten.expand_as)

@@ -99,7 +99,7 @@ class Selections:
 
     ``index_of`` has the axis that the values of a tensor index, for a node or for one output of a node;
     ``running_sums`` the axis that the values of a node are inclusive sums along. ``ranked`` are the axes that a router
-    chooses from, with how many it chooses. ``pins`` are those that do not hold for such an axis.
+    chooses from, with how many it chooses; ``pins`` are those that do not hold for them.
     """
 
     index_of: dict[fx.Node | tuple[fx.Node, int], Axis] = field(default_factory=dict)
@@ -116,6 +116,7 @@ class Facts:
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    minimums: list[tuple[Axis, int]] = field(default_factory=list)  # how many indices must stay
     statistics: list[fx.Node] = field(default_factory=list)  # whose statistic is to be taken over what is kept
     selections: Selections = field(default_factory=Selections)
 
@@ -270,6 +271,10 @@ class Rule:
         """The kernel of this operator only takes sizes of ``axis`` that are multiples of ``of``."""
         if of > 1:
             self._facts.multiples.append((axis, of))
+
+    def at_least(self, axis: Axis, minimum: int) -> None:
+        """So many indices of the axis, and of every leaf below it, must stay."""
+        self._facts.minimums.append((axis, minimum))
 
     def named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments of the call under the names that the operator's schema gives them."""
