@@ -69,7 +69,9 @@ def compile(
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
-        inner_axes: also prune inner factors of products, such as channels of every head.
+        inner_axes: also prune inner factors of products, such as channels of every head. Axes that stand by themselves
+            under each index of another, such as the query heads of a key head or the channels of batched experts, then
+            keep other indices under each (as many everywhere), where all share one choice otherwise.
         width: also prune axes that a norm or a mean is taken over, first of all the residual width that embeddings,
             norms and projections share. The statistic is then that of what is kept, in the pruned model as in the
             original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.

@@ -56,9 +56,11 @@ class Report:
 
     def __str__(self) -> str:
         proof = "not verified" if self.oracle_error is None else f"oracle error {self.oracle_error:.1e}"
+        ragged = f" ({len(self.plan.under)} ragged)" if self.plan.under else ""
+        axes = f"{len(self.widths)} axes pruned{ragged}, {len(self.skipped)} left alone"
         return (
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
-            f"{len(self.widths)} axes pruned, {len(self.skipped)} left alone, {proof}, {self.total_seconds:.1f} s"
+            f"{axes}, {proof}, {self.total_seconds:.1f} s"
         )
 
 
@@ -81,7 +83,7 @@ def make_report(
         plan=plan,
         oracle_error=program.oracle_error,
         skipped=dict(program.need("skipped")),
-        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        widths=plan.widths(),
         attributes={**(earlier.attributes if earlier else {}), **program.need("new_attributes")},
         seconds=seconds,
         total_seconds=total_seconds,

@@ -38,7 +38,7 @@ def _reason_to_skip(group: NodeGroup, program: Program, parameters: set[str], sp
     if group.size == 1:
         return "has one index only"
     if group.size <= group.minimum:
-        return f"{group.minimum} of its {group.size} indices must stay"
+        return f"at least {group.minimum} of its indices must stay"
     if not any(member.tensor in parameters for member in group.members):
         return "no parameter lies on it"
     if not group.outer and not options.inner_axes:

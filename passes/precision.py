@@ -40,11 +40,15 @@ class _Running(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.dtype is not None and func in _CASTS:
+            return self._convert(args[0]).to(self.dtype)
         if func not in _METADATA:
             # What an in-place operator writes to must stay the tensor it is.
             first = 1 if _writes_first(func) else 0
             args = (*args[:first], *(self._convert(a) for a in args[first:]))
             kwargs = {key: value if key == "out" else self._convert(value) for key, value in kwargs.items()}
+        if func is torch._grouped_mm and args[0].dtype is torch.float64:
+            return _grouped_mm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _convert(self, value: Any) -> Any:
@@ -59,6 +63,24 @@ class _Running(TorchFunctionMode):
         if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
             return type(value)(self._convert(item) for item in value)
         return value
+
+
+# Conversions that name their dtype themselves.
+_CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+def _grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``torch._grouped_mm`` of ``x (S, K)`` and ``weight (E, K, N)``, which has no kernel in float64."""
+    ends = offs.tolist()
+    pieces = [x[start:end] @ one for start, end, one in zip([0, *ends], ends, weight, strict=False)]
+    rest = x.new_zeros(len(x) - ends[-1], weight.shape[-1])
+    return torch.cat([*pieces, rest])
 
 
 # Asked often, and the same for a tensor and its substitute: not worth a conversion.

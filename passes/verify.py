@@ -15,12 +15,12 @@ import torch
 from torch import fx, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis
-from graphprune.ir.program import Program, dim_mask
+from graphprune.ir.program import Program
+from graphprune.ir.selection import mask_of
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
-from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.rules.registry import Contraction
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import eval_mode, without_hooks
@@ -49,8 +49,8 @@ def verify_before_rewrite(program: Program) -> None:
         keep = slices.get(id(tensor))
         if keep is None:
             return tensor
-        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
-        made = like(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(shape))
+        nothing = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
+        made = like(tensor, nothing.expand(sliced_shape(tensor, keep)))
         substitutes[id(made)] = lambda _: sliced(tensor, keep)
         return made
 
@@ -125,11 +125,10 @@ class _Masked(fx.Interpreter):
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs
-        keep = program.keep_masks()
+        selection = program.selection()
         self._masks: dict[fx.Node, list[tuple[Contraction, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
-            axis: Axis = axes.values[contraction.operand][contraction.dim]
-            mask = dim_mask(axis, keep)
+            mask = mask_of(axes.values[contraction.operand], contraction.dim, selection)
             if mask is not None:
                 self._masks.setdefault(contraction.node, []).append((contraction, mask))
         self._kept_indices = kept_indices(program)
@@ -155,6 +154,9 @@ class _Masked(fx.Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is torch.ops.graphprune.enter.default:
             return list(args[0])
+        if target is torch.ops.aten.view.default:
+            # The trace was of fake tensors, whose fused attention may lay its output out otherwise than the real one.
+            target = torch.ops.aten.reshape.default
         return super().call_function(target, args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
@@ -164,24 +166,22 @@ class _Masked(fx.Interpreter):
             for contraction, mask in self._masks[n]:
                 arg, item = contraction.arg, contraction.item
                 if item is None:
-                    operands[arg] = _masked(operands[arg], contraction.dim, mask)
+                    operands[arg] = _masked(operands[arg], mask)
                 else:
                     of_list = list(operands[arg])
-                    of_list[item] = _masked(of_list[item], contraction.dim, mask)
+                    of_list[item] = _masked(of_list[item], mask)
                     operands[arg] = of_list
             args = tuple(operands)
         return args, kwargs
 
 
+def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros where ``mask`` keeps nothing, also where that is NaN or infinite."""
+    return x.masked_fill(~mask.to(x.device), 0)
+
+
 # The traced graph states dtypes and devices that hold for the traced inputs; the run repeats them anyway.
 _NO_OPERATION = {torch.ops.aten._assert_tensor_metadata.default}
-
-
-def _masked(x: torch.Tensor, dim: int, mask: torch.Tensor) -> torch.Tensor:
-    """``x`` with removed indices of one dimension set to zero (also where they are NaN or infinite)."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return x.masked_fill(~mask.to(x.device).view(shape), 0)
 
 
 def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

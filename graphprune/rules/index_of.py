@@ -113,15 +113,17 @@ def settle(facts: Facts) -> None:
 
     Of experts in groups only whole groups may go: how many a group must keep depends on how many groups are chosen.
     """
+    known = facts.selections
+    used = {leaf for axis in known.looked_up for leaf in leaves(axis)}
     routed = set()
-    for axis, chosen in facts.selections.ranked:
+    for axis, chosen in known.ranked:
         outer, *inner = factors(axis)
         for factor in inner if outer.kind == "leaf" else [outer, *inner]:
             pin(factor, Pin("experts of a group that a router chooses from"))
-        if outer.kind == "leaf":
+        if outer in used:
             facts.minimums.append((outer, -(-chosen * outer.size // find(axis).size)))
             routed.add(outer)
-    for axis, why in facts.selections.pins:
+    for axis, why in known.pins:
         for leaf in leaves(axis):
             if leaf not in routed:
                 pin(leaf, why)

@@ -122,7 +122,7 @@ def one_hot(r: Rule, x: Dims, classes: Any = -1) -> Dims:
     """A class for each index of an axis is that axis."""
     chosen_from = r.index_of(r.node.args[0])
     if chosen_from is not None and classes == chosen_from.size:
-        r.selected(chosen_from, "one-hot classes")
+        r.looked_up(chosen_from, r.node.args[0], "one-hot classes")
         r.size(classes, chosen_from)
         return (*x, chosen_from)
     if chosen_from is not None:

@@ -150,7 +150,7 @@ def histogram(r: Rule, x: Dims, bins: Any = 100, low: Any = 0, high: Any = 0, *o
         r.pin(axis, "counted")
     chosen_from = r.index_of(r.node.args[0])
     if chosen_from is not None and _one_bin_each(chosen_from.size, bins, low, high):
-        r.selected(chosen_from, "counted")
+        r.looked_up(chosen_from, r.node.args[0], "counted")
         r.size(bins, chosen_from)
         r.size(high + 1, chosen_from)
         r.harmless(high)

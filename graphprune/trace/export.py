@@ -225,8 +225,9 @@ def _match_calls(
     made: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         number = (node.meta.get("custom") or {}).get(META_KEY)
-        # An assertion about a tensor stands behind the call that made it and carries its number.
-        if node.op == "call_function" and number is not None and node.meta.get("val") is not None:
+        # Torch adds checks of a tensor's dtype, under the number of the call that made the tensor: they make nothing.
+        is_check = node.target is torch.ops.aten._assert_tensor_metadata.default
+        if node.op == "call_function" and number is not None and "val" in node.meta and not is_check:
             made.setdefault(number, []).append(node)
     sized: dict[fx.Node, tuple[tuple, dict]] = {}
     outputs: dict[int, fx.Node | list[fx.Node]] = {}

@@ -22,6 +22,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from graphprune.trace.provenance import SizeInt, plain
 from graphprune.trace.skeleton import names
 
 MINIMUM = 3  # blocks in a run: fewer are not worth it
@@ -172,7 +173,9 @@ class Folder:
 def _kind(leaf: Any) -> Any:
     """What must agree for two calls to trace alike."""
     if isinstance(leaf, torch.Tensor):
-        return (tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
+        return (tuple(plain(n) for n in leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
+    if isinstance(leaf, SizeInt):
+        return (SizeInt, plain(leaf))
     return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else id(leaf)
 
 

@@ -232,10 +232,15 @@ def test_experts_in_groups_go_by_groups() -> None:
 # --- what stays pinned ---
 
 
+def values_only(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest features, whichever they are."""
+    return by_token(m, logits)[0], logits.topk(2)[0][:, :1]
+
+
 def by_token(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     """A hash of the token, no choice of the router."""
-    ids = (logits.detach()[:, :1] * 1000).long() % 6
-    return ids, logits.topk(2)[0][:, :1]
+    ids = (logits.sum(-1, keepdim=True) * 1000).long() % 6
+    return ids, logits.sum(-1, keepdim=True)
 
 
 def shifted(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,10 +282,13 @@ def of_everything(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
 class Fixed(Gathered):
     """Grouped rows that are no running sum of how many chose an expert."""
 
+    def __init__(self, route: Callable):
+        super().__init__(route)
+        self.register_buffer("ends", torch.tensor([2, 4, 6, 8, 10, 11], dtype=torch.int32))
+
     def mixed(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        ends = torch.full((self.count,), 2, dtype=torch.int32) * torch.tensor([1, 2, 3, 4, 5, 5], dtype=torch.int32)
-        rows = torch.ops.transformers.grouped_mm_fallback(x, self.up.transpose(1, 2), ends)
-        out = torch.ops.transformers.grouped_mm_fallback(rows, self.down.transpose(1, 2), ends)
+        rows = torch.ops.transformers.grouped_mm_fallback(x, self.up.transpose(1, 2), self.ends)
+        out = torch.ops.transformers.grouped_mm_fallback(rows, self.down.transpose(1, 2), self.ends)
         return out * self.up.sum(-1).sum(-1)[ids].sum(-1, keepdim=True) * weights.sum(-1, keepdim=True)
 
 
@@ -293,6 +301,7 @@ class Returned(Mixture):
 
 PINNED: dict[str, tuple[Callable, type[Mixture], str]] = {
     "by_token": (by_token, Mixture, "looked up by index"),
+    "values_only": (values_only, Mixture, "sorted"),
     "shifted": (shifted, Mixture, "used as numbers by aten.add"),
     "compared": (compared, Mixture, "used as numbers by aten.gt"),
     "changed_in_place": (changed_in_place, Mixture, "used as numbers by aten"),
@@ -443,7 +452,7 @@ def test_compile_save_load_generate(name: str, tmp_path: Any) -> None:
 @torch.no_grad()
 def test_a_router_that_never_chooses_them_says_the_same() -> None:
     """Mixtral with its own code and all of its weights, but for a router that knows of the removed experts."""
-    model = mixture_of("mixtral").double()
+    model = mixture_of("mixtral", "batched_mm").double()
     gone = {f"model.layers.{i}.mlp.gate.weight[0]": (6, [i, 4]) for i in range(2)}
     pruned = graphprune.compile(model, plan=plan_removing(gone, experts=True))
     ids = torch.randint(3, 200, (3, 9))
@@ -458,7 +467,7 @@ def test_a_router_that_never_chooses_them_says_the_same() -> None:
 
         layer.mlp.gate.forward = route
     expected = model(input_ids=ids).logits
-    torch.testing.assert_close(pruned(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(pruned(input_ids=ids).logits, expected, rtol=0, atol=1e-5)  # it routes in float32
     assert float((dense - expected).abs().max()) > 0.01
 
 
@@ -482,7 +491,7 @@ def test_as_many_stay_as_the_router_chooses() -> None:
     reach = float(str(caught.value).split("reached: ")[1].split()[0]) - 1e-4
     report = graphprune.report(graphprune.compile(model, reach, example_inputs=X, experts=True, include=""))
     assert report.widths[EXPERTS] == (6, 2)
-    with pytest.raises(GraphPruneError, match=r"keeps 1 indices of 'up\[0\]'; 2 must stay"):
+    with pytest.raises(GraphPruneError, match=r"leaves 1 of 'up\[0\]', of which at least 2 must stay"):
         graphprune.compile(model, plan=plan_removing({EXPERTS: (6, [0, 1, 2, 3, 4])}, experts=True), example_inputs=X)
 
 
@@ -491,17 +500,16 @@ def test_nothing_to_spare() -> None:
         return tuple(reversed(logits.softmax(-1).topk(6, -1)))  # type: ignore[return-value]
 
     found = graphprune.inspect(mixture(all_of_them), example_inputs=X, experts=True)
-    assert found.skipped[EXPERTS] == "6 of its 6 indices must stay"
+    assert found.skipped[EXPERTS] == "at least 6 of its indices must stay"
 
 
-def test_in_place_and_with_activations() -> None:
-    inputs = [{"x": X}, {"x": X + 1}]
-    options: dict[str, Any] = {"method": "wanda-sp", "data": inputs, "example_inputs": X, "experts": True}
-    expected = graphprune.compile(mixture(top2, Gathered), 0.4, **options)
-    model = mixture(top2, Gathered)
-    assert graphprune.compile(model, 0.4, inplace=True, **options) is model
-    assert torch.equal(model(X), expected(X))
-    assert EXPERTS in graphprune.report(model).widths
+def test_in_place() -> None:
+    expected = graphprune.compile(mixture_of("mixtral"), 0.2, experts=True)
+    model = mixture_of("mixtral")
+    assert graphprune.compile(model, 0.2, experts=True, inplace=True) is model
+    ids = torch.randint(3, 200, (2, 7))
+    assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert "model.layers.0.mlp.gate.weight[0]" in graphprune.report(model).widths
 
 
 # --- the oracle catches lies ---
@@ -511,13 +519,14 @@ def test_a_lookup_that_is_none_is_caught(monkeypatch: pytest.MonkeyPatch) -> Non
     """Ids from elsewhere taken for the choice of the router."""
 
     def anything(self: Rule, axis: Any, indices: Any, reason: str = "") -> None:
-        axes = [axis for axis, _ in self._facts.selections.ranked if axis.size == 6]
+        routed = self._facts.selections.ranked[0][0]
         self.selected(axis, reason)
-        self.same(axis, axes[0])
+        self.same(axis, routed)
+        self._facts.selections.looked_up.append(routed)
 
     def route(m: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
-        ids, weights = top2(m, logits)
-        return (logits.detach()[:, :2] * 1000).long() % 4, weights
+        ids = (logits.sum(-1, keepdim=True) * 1000).long() % 4
+        return ids, top2(m, logits)[1].sum(-1, keepdim=True)
 
     model = mixture(route)
     monkeypatch.setattr(Rule, "looked_up", anything)
@@ -544,7 +553,7 @@ def test_rows_of_nobody_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rule, "running_sum_of", lambda self, tensor: self._facts.selections.ranked[0][0])
     monkeypatch.setattr(linear, "find", lambda axis: None)
     plan = plan_removing({EXPERTS: (6, [1, 4])}, experts=True)
-    with pytest.raises(GraphPruneError, match="does not (compute what|run)"):
+    with pytest.raises(GraphPruneError, match="does not compute what"):
         graphprune.compile(model, plan=plan, example_inputs=X)
 
 
