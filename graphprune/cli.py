@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--width", action="store_true", help="also prune the residual width, and what else is normalised"
     )
+    prune.add_argument("--experts", action="store_true", help="also prune whole experts of mixtures")
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
+    inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
     return parser
 
 
@@ -79,7 +81,8 @@ def _inspect(options: argparse.Namespace) -> None:
     from graphprune.io.models import load_model
 
     model, _ = load_model(options.model)
-    print(graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width))
+    found = graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width, experts=options.experts)
+    print(found)
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -119,6 +122,7 @@ def _prune(options: argparse.Namespace) -> None:
             skip_last=options.skip_last,
             inner_axes=options.inner_axes,
             width=options.width,
+            experts=options.experts,
             samples=options.samples,
             length=options.length,
             seed=options.seed,

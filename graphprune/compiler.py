@@ -43,6 +43,7 @@ def compile(
     skip_last: int = 0,
     inner_axes: bool = False,
     width: bool = False,
+    experts: bool = False,
     samples: int = 32,
     length: int = 128,
     seed: int = 0,
@@ -77,6 +78,8 @@ def compile(
         width: also prune axes that a norm or a mean is taken over, first of all the residual width that embeddings,
             norms and projections share. The statistic is then that of what is kept, in the pruned model as in the
             original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
+        experts: also prune whole experts of mixtures: axes that a router chooses from. The router then never chooses
+            a removed one, in the pruned model as in the original it is compared with. As many stay as it chooses.
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
@@ -109,6 +112,7 @@ def compile(
         skip_last=skip_last,
         inner_axes=inner_axes,
         width=width or (plan is not None and plan.width),
+        experts=experts or (plan is not None and plan.experts),
         seed=seed,
         samples=samples,
         length=length,
@@ -139,16 +143,18 @@ def inspect(
     example_inputs: Any = None,
     inner_axes: bool = False,
     width: bool = False,
+    experts: bool = False,
     emit: str = "module",
 ) -> Inspection:
     """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
 
-    ``print`` it to read it. ``example_inputs``, ``inner_axes``, ``width`` and ``emit`` as in :func:`compile`.
+    ``print`` it to read it. The options are those of :func:`compile`.
 
     Raises :class:`GraphPruneError` when the model cannot be traced.
     """
     _check_model(model)
-    program = _program(model, Options(inner_axes=inner_axes, width=width, emit=emit), example_inputs)
+    options = Options(inner_axes=inner_axes, width=width, experts=experts, emit=emit)
+    program = _program(model, options, example_inputs)
     run_passes(program, pipelines.ANALYSE)
     return Inspection(program)
 

@@ -42,11 +42,14 @@ def build_node_groups(program: Program) -> None:
     for group in groups.values():
         group.modules = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in group.members))
     for leaf in axes.more_than_one & groups.keys():
-        groups[leaf].minimum = 2
+        groups[leaf].careful = 2
     for axis, of in axes.facts.multiples:
         for leaf in set(leaves(axis)) & groups.keys():
             group = groups[leaf]
             group.multiple = math.lcm(group.multiple, of // math.gcd(of, inner_width(axis, leaf)))
+    for axis, minimum in axes.facts.minimums:
+        for leaf in set(leaves(axis)) & groups.keys():
+            groups[leaf].minimum = max(groups[leaf].minimum, minimum)
     for node, dims in axes.values.items():
         if node.op == "call_function":
             for leaf in _leaves_of(dims):

@@ -10,6 +10,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced_shape
+from graphprune.trace.backends import use_portable
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure
@@ -57,6 +58,7 @@ def _pruned_shapes(program: Program) -> nn.Module:
 
 def _run_with_cache(model: nn.Module, inputs: Inputs) -> None:
     args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
+    use_portable(model, tracing=True)
     with eval_mode(model), without_hooks(model):
         model(*args, **{**kwargs, "use_cache": True})
 

@@ -14,8 +14,8 @@ from graphprune.passes.base import compiler_pass
 def find_removal_structures(program: Program) -> None:
     """A removal structure is one index of one prunable group, with every slice it owns in every parameter.
 
-    Left alone, each with its reason: pinned groups, groups of one index, inner factors (unless ``inner_axes``), and
-    what ``include``, ``exclude``, ``skip_first`` and ``skip_last`` say.
+    Left alone, each with its reason: pinned groups, groups of no more indices than must stay, inner factors (unless
+    ``inner_axes``), and what ``include``, ``exclude``, ``skip_first`` and ``skip_last`` say.
     """
     options = program.options
     groups: list[NodeGroup] = program.need("groups")
@@ -37,8 +37,8 @@ def _reason_to_skip(group: NodeGroup, program: Program, parameters: set[str], sp
         return "pinned: " + group.pins[0]
     if group.size <= 1:
         return "has one index only" if group.size else "is empty"
-    if group.size <= group.minimum:
-        return f"forward does something else with fewer than {group.minimum}"
+    if group.size <= max(group.minimum, group.careful):
+        return f"at least {group.size} of its indices must stay"
     if not any(member.tensor in parameters for member in group.members):
         return "no parameter lies on it"
     if not group.outer and not options.inner_axes:

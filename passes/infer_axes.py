@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from graphprune.ir.axes import Misaligned, Pin, leaves, pin, unify
-from graphprune.ir.program import AxisMap, Program
+from graphprune.ir.program import AxisMap, Options, Program
 from graphprune.passes.base import compiler_pass
+from graphprune.rules.index_of import follow_indices, settle
 from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, concrete, dims_of, find_rule, is_stand_in
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
@@ -31,23 +32,24 @@ def infer_axes(program: Program) -> None:
     for name in canonical:
         if (reason := found.opaque.hides(name)) is not None:
             _pin_all(tensors[canonical[name]], Pin(f"inside a module that cannot be traced: {reason}"))
-    width = program.options.width
     with collected_later():
         for node in found.graph.nodes:
             if node.op == "placeholder":
                 axes.values[node] = _placeholder(found, axes, node)
             elif node.op == "call_function":
-                axes.values[node] = _call(found, axes, node, width)
+                axes.values[node] = _call(found, axes, node, program.options)
     for name, node in found.rebound.items():
         for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
             unify(axis, other)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
+        _pin_indices(axes, [node], Pin("its indices are a model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
     used = {canonical[found.tensor_names[node.name]] for node in placeholders if node.name in found.tensor_names}
     for name, dims in tensors.items():
         if name not in used:
             _pin_all(dims, Pin("not used by forward"))
+    settle(axes.facts)
     program.axes = axes
 
 
@@ -73,19 +75,24 @@ def _placeholder(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     return dims
 
 
-def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
+def _call(found: Trace, axes: AxisMap, node: fx.Node, options: Options) -> Any:
     value = node.meta.get("val")
+    selections = axes.facts.selections
     if node.target is operator.getitem:
         source = axes.values[node.args[0]]
+        if node.args in selections.index_of:
+            selections.index_of[node] = selections.index_of[node.args]  # type: ignore[index]
         return source[node.args[1]] if isinstance(source, list) else None
     if not _has_tensors(value):
+        if value is not None:
+            _pin_indices(axes, node.all_input_nodes, _as_numbers(node))
         return None
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
     if node.target is torch.ops.graphprune.opaque.default:
         return _hidden(found, axes, node)
     kwargs, targets = _split_off_targets(node, kwargs)
     rule = find_rule(node.target)
-    speaker = Rule(node, axes.facts, source_line, width)
+    speaker = Rule(node, axes.facts, source_line, options.width, options.experts)
     out = None
     problem = "has no rule"
     if rule is not None:
@@ -104,6 +111,8 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
     for target in targets:
         for axis, other in zip(out, axes.values[target], strict=True):
             speaker.same(axis, other)
+    for axis in follow_indices(node, selections):
+        pin(axis, _as_numbers(node))
     for size in _sizes((args, kwargs)):
         if id(size) not in speaker.sizes_used:
             # Used as a number, not as a size: what it stands for must keep its value.
@@ -117,6 +126,18 @@ def _split_off_targets(node: fx.Node, kwargs: dict[str, Any]) -> tuple[dict[str,
     written = {a.name for a in schema.arguments if a.kwarg_only and a.is_write} if schema is not None else set()
     targets = [kwargs[name] for name in written if isinstance(kwargs.get(name), fx.Node)]
     return {name: value for name, value in kwargs.items() if name not in written}, targets
+
+
+def _as_numbers(node: fx.Node) -> Pin:
+    return Pin(f"its indices are used as numbers by {node.target}", source_line(node))
+
+
+def _pin_indices(axes: AxisMap, nodes: list[fx.Node], why: Pin) -> None:
+    """Pin what the values of ``nodes`` index."""
+    for node in nodes:
+        for key, axis in axes.facts.selections.index_of.items():
+            if key is node or (isinstance(key, tuple) and key[0] is node):
+                pin(axis, why)
 
 
 def _number(value: int) -> Any:
@@ -179,6 +200,7 @@ def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str,
     why = Pin(f"{name} {problem}", where)
     for source in node.all_input_nodes:
         _pin_all(axes.values[source], why)
+    _pin_indices(axes, node.all_input_nodes, why)
     for size in _sizes((args, kwargs)):
         axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), where))
     value = node.meta["val"]

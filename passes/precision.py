@@ -47,6 +47,8 @@ class _Running(TorchFunctionMode):
             first = 1 if _writes_first(func) else 0
             args = (*args[:first], *(self._convert(a) for a in args[first:]))
             kwargs = {key: value if key == "out" else self._convert(value) for key, value in kwargs.items()}
+        if func is torch._grouped_mm and args[0].dtype is torch.float64:
+            return _grouped_mm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _convert(self, value: Any) -> Any:
@@ -65,6 +67,21 @@ class _Running(TorchFunctionMode):
 
 # Conversions that name their dtype themselves.
 _CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+def _grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``torch._grouped_mm`` of ``x (S, K)`` and ``weight (E, K, N)``, which has no kernel in float64."""
+    ends = offs.tolist()
+    pieces = [x[start:end] @ one for start, end, one in zip([0, *ends], ends, weight, strict=False)]
+    rest = x.new_zeros(len(x) - ends[-1], weight.shape[-1])
+    return torch.cat([*pieces, rest])
+
 
 # Asked often, and the same for a tensor and its substitute: not worth a conversion.
 _METADATA = {

@@ -29,6 +29,11 @@ def replay_plan(plan: Plan) -> Pass:
                 )
             if group.pins:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
+            if plan.widths()[name][1] < group.minimum:
+                raise GraphPruneError(
+                    f"The plan leaves {plan.widths()[name][1]} of {name!r}, of which at least {group.minimum} must "
+                    "stay: as many as a router chooses, or as forward needs to do the same."
+                )
             if name in plan.under:
                 _check_outer(program, ragged, plan, name)
         program.plan = plan

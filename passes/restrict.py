@@ -1,6 +1,7 @@
 """Statistics over what is kept, for the masked original.
 
-With ``width`` a norm or a mean is to be that of the kept indices. The oracle therefore runs the true operator on the
+With ``width`` a norm or a mean is to be that of the kept indices, and with ``experts`` a router chooses
+among them. The oracle therefore runs the true operator on the
 kept slice of its operands. Which dimensions of an operand its statistic is taken over is told here once more, from the
 operator's arguments alone: the axis rules do not decide it, so a wrong one shows. What is removed has the value that
 the operator gives at full size, not zero, so that whoever still reads it is found too.
@@ -78,10 +79,30 @@ def _normalise_groups(operator: Any, kept: Kept, x: torch.Tensor, groups: int, *
     return full.index_copy(1, kept[1], operator(x.index_select(1, kept[1]), left, *weights, **named))
 
 
+def _compete(operator: Any, kept: Kept, x: torch.Tensor, dim: int, *given: Any, **named: Any) -> Any:
+    """``softmax`` along ``dim``."""
+    kept = {d: i for d, i in kept.items() if d == dim % x.ndim}
+    small = operator(_select(x, kept), dim, *given, **named)
+    return _paste(operator(x, dim, *given, **named), small, list(kept.items()))
+
+
+def _choose(operator: Any, kept: Kept, x: torch.Tensor, *given: Any, **named: Any) -> Any:
+    """The largest along ``dim``: values, their places, or both. The places are those in the whole operand."""
+    names = [argument.name for argument in operator._schema.arguments][1:]
+    dim = {"dim": -1, **dict(zip(names, given, strict=False)), **named}["dim"] % x.ndim
+    if dim not in kept:
+        return operator(x, *given, **named)
+    out = operator(x.index_select(dim, kept[dim]), *given, **named)
+    return kept[dim][out] if isinstance(out, torch.Tensor) else (out[0], kept[dim][out[1]])
+
+
 RESTRICTED: dict[Any, Callable[..., Any]] = {
     aten.layer_norm: _normalise_last,
     aten.rms_norm: _normalise_last,
     aten.group_norm: _normalise_groups,
+    aten.softmax: _compete,
+    aten._softmax: _compete,
+    **dict.fromkeys((aten.topk, aten.argmax, aten.max), _choose),
     **dict.fromkeys(
         (aten.mean, aten.nanmean, aten.std, aten.var, aten.std_mean, aten.var_mean, aten.norm, aten.linalg_vector_norm),
         _reduce,

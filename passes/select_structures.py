@@ -17,7 +17,7 @@ from graphprune.passes.base import compiler_pass
 
 @compiler_pass(requires=("order", "axes", "prunable"), ensures=("plan",))
 def select_structures(program: Program) -> None:
-    """Reach ``ratio`` of all parameters to within one structure; at least one index stays on every axis.
+    """Reach ``ratio`` of all parameters to within one structure; what must stay of an axis stays.
 
     Raises :class:`GraphPruneError` saying how far it can go, and what pins the rest, when that is not enough.
     """
@@ -41,7 +41,8 @@ def select_structures(program: Program) -> None:
                 under[group.name] = program.need("ragged")[group.name]
     reached = 1 - counter.count(removed) / counter.total
     keep: dict[str, Keep] = {name: indices.tolist() for name, indices in kept.items()}
-    plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, under)
+    skipped = dict(program.need("skipped"))
+    plan = Plan(reached, keep, sizes, skipped, options.method, options.width, under, options.experts)
     program.follow(plan, kept)
 
 
@@ -151,7 +152,7 @@ def _steps(group: NodeGroup, program: Program, round_to: int) -> range:
     for member in group.members if round_to > 1 else ():
         inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
-    return range(group.size % unit or unit, group.size - group.minimum + 1, unit)
+    return range(group.size % unit or unit, group.size - max(group.minimum, group.careful) + 1, unit)
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:
@@ -193,8 +194,9 @@ def _unreachable(program: Program, reachable: float) -> GraphPruneError:
             held[f"{group.name} ({size:,} parameters): {reason}"] = size
     worst = sorted(held, key=lambda line: -held[line])[:5]
     lines = "".join(f"\n  {line}" for line in worst)
+    rounded = f" and round_to={program.options.round_to}" if program.options.round_to > 1 else ""
     return GraphPruneError(
         f"ratio {program.options.ratio} cannot be reached: {reachable:.4f} is as far as it goes with one index left "
-        f"on every axis{f' and round_to={program.options.round_to}' if program.options.round_to > 1 else ''}. "
+        f"on every axis (or what must stay of it){rounded}. "
         f"What holds the most of the rest:{lines}"
     )

@@ -135,13 +135,15 @@ def analyse(model: nn.Module, inputs: Any = None, *, inner_axes: bool = True, **
     return program
 
 
-def plan_removing(gone: dict[str, tuple[int, list[int]]], width: bool = False) -> Plan:
+def plan_removing(gone: dict[str, tuple[int, list[int]]], width: bool = False, experts: bool = False) -> Plan:
     """A plan from axis name → (size, removed indices)."""
     keep = {name: [i for i in range(size) if i not in removed] for name, (size, removed) in gone.items()}
-    return Plan(0.0, keep, {name: size for name, (size, _) in gone.items()}, {}, "test", width)
+    return Plan(0.0, keep, {name: size for name, (size, _) in gone.items()}, {}, "test", width, experts=experts)
 
 
-def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = True, width: bool = False) -> list[str]:
+def check_every_axis(
+    model: nn.Module, inputs: Any = None, *, together: bool = True, width: bool = False, experts: bool = False
+) -> list[str]:
     """Remove one or two random indices of every prunable axis, one axis at a time; the oracle must hold each time.
 
     Sharper than a ratio: an axis that should have been pinned cannot hide behind the others. A ragged axis also loses
@@ -149,11 +151,11 @@ def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = T
     ``compile``. The names of the axes are returned.
     """
     generator = torch.Generator().manual_seed(len(list(model.parameters())))
-    program = analyse(model, inputs, width=width)
+    program = analyse(model, inputs, width=width, experts=experts)
     exact = all(parameter.dtype == torch.float64 for parameter in model.parameters())
     limit = 1e-9 if exact else 1e-4  # a model in float64 shows smaller errors than compile asks about
     sizes = {group.name: group.size for group in program.need("groups")}
-    everything = Plan(0.0, width=width)
+    everything = Plan(0.0, width=width, experts=experts)
 
     def check(plan: Plan, name: str) -> None:
         run_passes(program, (replay_plan(plan), follow_sizes, *pipelines.EMIT))
@@ -162,16 +164,24 @@ def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = T
         everything.under |= plan.under
 
     for group in program.need("prunable"):
-        how_many = 2 if group.size > 3 else 1
+        how_many = group.multiple if group.multiple > 1 else 2 if group.size > 3 else 1
+        how_many = min(how_many, group.size - group.minimum)
 
         def some(size: int = group.size, how_many: int = how_many) -> list[int]:
             return torch.randperm(size, generator=generator)[:how_many].tolist()
 
-        check(plan_removing({group.name: (group.size, some())}, width), group.name)
+        check(plan_removing({group.name: (group.size, some())}, width, experts), group.name)
         outer = program.need("ragged").get(group.name)
         if outer is not None:
             rows = [sorted(set(range(group.size)) - set(some())) for _ in range(sizes[outer])]
-            ragged = Plan(0.0, {group.name: rows}, {group.name: group.size}, width=width, under={group.name: outer})
+            ragged = Plan(
+                0.0,
+                {group.name: rows},
+                {group.name: group.size},
+                width=width,
+                under={group.name: outer},
+                experts=experts,
+            )
             check(ragged, group.name)
     if together and everything.keep:
         pruned = graphprune.compile(model, plan=everything, example_inputs=inputs)

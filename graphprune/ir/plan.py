@@ -27,6 +27,7 @@ class Plan:
         method: how the plan was made.
         width: whether it may prune what statistics are taken over; see :func:`graphprune.compile`.
         under: name of every ragged axis in ``keep`` → name of the axis that it is ragged under.
+        experts: whether it may prune what a router chooses from.
     """
 
     ratio: float
@@ -36,6 +37,7 @@ class Plan:
     method: str = ""
     width: bool = False
     under: dict[str, str] = field(default_factory=dict)
+    experts: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:  # NaN is neither
@@ -74,6 +76,7 @@ class Plan:
             "method": self.method,
             "ratio": self.ratio,
             **({"width": True} if self.width else {}),
+            **({"experts": True} if self.experts else {}),
             "axes": {name: self._axis(name) for name in self.keep},
             "skipped": self.skipped,
         }
@@ -103,13 +106,18 @@ class Plan:
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
             under = {str(name): _name(axis["under"]) for name, axis in axes.items() if "under" in axis}
-            width = data.get("width", False)
-            if not isinstance(width, bool):
-                raise TypeError(f"width is {width!r}")
             method = str(data.get("method", ""))
-            return cls(float(data["ratio"]), keep, sizes, skipped, method, width, under)
+            width, experts = _flag(data, "width"), _flag(data, "experts")
+            return cls(float(data["ratio"]), keep, sizes, skipped, method, width, under, experts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name, False)
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}")
+    return value
 
 
 def _check_indices(name: str, kept: Any, size: int) -> None:

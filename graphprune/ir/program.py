@@ -55,7 +55,8 @@ class NodeGroup:
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
-    which is more than 1 where a kernel demands it, and at least ``minimum``.
+    which is more than 1 where a kernel demands it, and at least ``minimum``. A planner leaves at least ``careful``:
+    with fewer, forward takes another branch, which need not compute the same.
     """
 
     name: str
@@ -66,6 +67,7 @@ class NodeGroup:
     modules: list[str]
     multiple: int = 1
     minimum: int = 1
+    careful: int = 1
 
     @property
     def size(self) -> int:
@@ -106,6 +108,7 @@ class Options:
     skip_last: int = 0
     inner_axes: bool = False
     width: bool = False
+    experts: bool = False
     seed: int = 0
     samples: int = 32
     length: int = 128

@@ -25,7 +25,7 @@ def index(r: Rule, x: Dims, indices: Sequence[Dims | None], written: Dims | None
     if any(node is not None and node.meta["val"].dtype is torch.bool for node in r.node.args[1]):  # type: ignore[union-attr]
         return _index_by_mask(r, x, indices, used, written)
     for i in used:
-        r.pin(x[i], _LOOKED_UP)
+        r.looked_up(x[i], r.node.args[1][i])  # type: ignore[index]
     picked = r.broadcast(*(one for one in indices if one is not None))
     adjacent = used == list(range(used[0], used[-1] + 1))
     before = [axis for i, axis in enumerate(x) if i < used[0]] if adjacent else []
@@ -54,14 +54,14 @@ def _index_by_mask(
 
 @rule(aten.index_select)
 def index_select(r: Rule, x: Dims, dim: int, indices: Dims) -> Dims:
-    r.pin(x[dim], _LOOKED_UP)
+    r.looked_up(x[dim], r.node.args[2])
     dim %= len(x)
     return (*x[:dim], *(indices or (r.fresh(1),)), *x[dim + 1 :])
 
 
 @rule(aten.gather)
 def gather(r: Rule, x: Dims, dim: int, indices: Dims, **options: Any) -> Dims:
-    r.pin(x[dim], _LOOKED_UP)
+    r.looked_up(x[dim], r.node.args[2])
     for i, (axis, other) in enumerate(zip(x, indices, strict=True)):
         if i == dim % len(x):
             continue
@@ -75,7 +75,7 @@ def gather(r: Rule, x: Dims, dim: int, indices: Dims, **options: Any) -> Dims:
 
 def _pair(r: Rule, x: Dims, other: Dims, dim: int) -> None:
     """``x`` and ``other`` go together index by index, but for ``dim``, where ``x`` is looked up."""
-    r.pin(x[dim], _LOOKED_UP)
+    r.looked_up(x[dim], r.node.args[2])
     for i, (axis, mate) in enumerate(zip(x, other, strict=True)):
         if i == dim % len(x):
             r.pin(mate, _LOOKED_UP)
@@ -119,6 +119,14 @@ def index_put(r: Rule, x: Dims, indices: Sequence[Dims | None], values: Dims, ac
 
 @rule(aten.one_hot)
 def one_hot(r: Rule, x: Dims, classes: Any = -1) -> Dims:
+    """A class for each index of an axis is that axis."""
+    chosen_from = r.index_of(r.node.args[0])
+    if chosen_from is not None and classes == chosen_from.size:
+        r.looked_up(chosen_from, r.node.args[0], "one-hot classes")
+        r.size(classes, chosen_from)
+        return (*x, chosen_from)
+    if chosen_from is not None:
+        r.pin(chosen_from, "one-hot classes")
     return (*x, r.fresh(r.output_shape()[-1], "one-hot classes"))
 
 

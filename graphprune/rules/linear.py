@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from graphprune.ir.axes import find
 from graphprune.rules.registry import Dims, Rule, rule, rule_by_name
 
 aten = torch.ops.aten
+_EXPERTS = "experts that rows belong to"
 
 
 @rule(aten.linear)
@@ -98,7 +100,7 @@ def _spelled_out(terms: list[str], ranks: list[int]) -> list[str]:
 
 @rule(aten.embedding)
 def embedding(r: Rule, weight: Dims, indices: Dims, *options: Any, **more: Any) -> Dims:
-    r.pin(weight[0], "looked up by index")
+    r.looked_up(weight[0], r.node.args[1])
     return (*indices, weight[1])
 
 
@@ -119,14 +121,19 @@ def grouped(
 ) -> Dims | None:
     """``y[i] = x[i] @ weight[e]`` where ``offsets[e-1] ≤ i < offsets[e]``: x ``(S, K)``, weight ``(E, K, N)``.
 
-    Which rows belong to which expert is written in numbers, so rows and experts stay. The kernels want rows of whole
-    16 bytes.
+    Which rows belong to which expert is written in numbers, so rows and experts stay. Running sums along the experts
+    follow them, though: one that is never chosen has no rows. The kernels want rows of whole 16 bytes.
     """
     if len(x) != 2 or len(weight) != 3 or offsets is None or isinstance(bias, tuple):
         return None
     r.pin(x[0], "rows that belong to experts")
-    r.pin(weight[0], "experts that rows belong to")
-    r.pin(offsets[0], "experts that rows belong to")
+    summed = r.running_sum_of(r.node.args[2] if len(r.node.args) > 2 else r.node.kwargs.get("offs"))
+    if summed is not None and find(summed) is find(offsets[0]):
+        r.selected(weight[0], _EXPERTS)
+        r.same(weight[0], offsets[0])
+    else:
+        r.pin(weight[0], _EXPERTS)
+        r.pin(offsets[0], _EXPERTS)
     r.same(x[1], weight[1])
     r.contract(0, -1, weight=(1, 1))
     per_16_bytes = 16 // r.node.meta["val"].element_size()

@@ -12,6 +12,7 @@ from graphprune.ir.axes import Axis, Misaligned, factor
 from graphprune.rules.registry import Dims, Rule, rule
 
 aten = torch.ops.aten
+_SOFTMAX = "normalised by softmax"
 
 
 def _affine(r: Rule, axes: Sequence[Axis], *tensors: Dims | None) -> None:
@@ -69,7 +70,13 @@ def batch_norm(
     return x
 
 
-@rule(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax)
+@rule(aten.softmax, aten._softmax)
 def softmax(r: Rule, x: Dims, dim: int, *options: Any, **more: Any) -> Dims:
-    r.pin(x[dim], "normalised by softmax")
+    r.among_kept(x[dim], _SOFTMAX)
+    return x
+
+
+@rule(aten.log_softmax, aten._log_softmax)
+def log_softmax(r: Rule, x: Dims, dim: int, *options: Any, **more: Any) -> Dims:
+    r.pin(x[dim], _SOFTMAX)
     return x

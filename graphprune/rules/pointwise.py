@@ -21,7 +21,6 @@ def _is_dims(value: Any) -> bool:
     "pointwise",
     aten.to,
     aten._to_copy,
-    aten.type_as,
     aten.clone,
     aten.contiguous,
     aten.detach,
@@ -105,6 +104,11 @@ def dropout(r: Rule, x: Dims, p: float, train: bool) -> Dims:
     if train and p > 0:
         for axis in x:
             r.pin(axis, "random numbers are drawn along it")
+    return x
+
+
+@rule(aten.type_as)
+def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
     return x
 
 

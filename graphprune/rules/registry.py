@@ -96,6 +96,23 @@ class SizeUse:
 
 
 @dataclass
+class Selections:
+    """What ``experts`` needs to know; see :mod:`graphprune.rules.index_of`.
+
+    ``index_of`` has the axis that the values of a tensor index, for a node or for one output of a node;
+    ``running_sums`` the axis that the values of a node are inclusive sums along. A router chooses from an axis that is
+    in ``ranked``, with how many are chosen, and in ``looked_up``, since something is looked up with the choice; the
+    ``pins`` do not hold for such an axis.
+    """
+
+    index_of: dict[fx.Node | tuple[fx.Node, int], Axis] = field(default_factory=dict)
+    running_sums: dict[fx.Node, Axis] = field(default_factory=dict)
+    ranked: list[tuple[Axis, int]] = field(default_factory=list)
+    looked_up: list[Axis] = field(default_factory=list)
+    pins: list[tuple[Axis, Pin]] = field(default_factory=list)
+
+
+@dataclass
 class Facts:
     """What the rules found out, beside the axes themselves.
 
@@ -107,20 +124,31 @@ class Facts:
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    minimums: list[tuple[Axis, int]] = field(default_factory=list)  # how many indices must stay
     statistics: list[fx.Node] = field(default_factory=list)  # whose statistic is to be taken over what is kept
+    selections: Selections = field(default_factory=Selections)
 
 
 class Rule:
     """What one application of a rule may say about axes. ``node`` is the operator's call.
 
-    With ``width`` an axis that a statistic is taken over is not pinned.
+    With ``width`` an axis that a statistic is taken over is not pinned, with ``experts`` an axis that a router chooses
+    from.
     """
 
-    def __init__(self, node: fx.Node, facts: Facts, where: Callable[[fx.Node], str], width: bool = False):
+    def __init__(
+        self,
+        node: fx.Node,
+        facts: Facts,
+        where: Callable[[fx.Node], str],
+        width: bool = False,
+        experts: bool = False,
+    ):
         self.node = node
         self._facts = facts
         self._where = where
         self._width = width
+        self.experts = experts
         self.sizes_used: set[int] = set()
 
     @property
@@ -143,6 +171,61 @@ class Rule:
             self._facts.held.append((self.node, axis))
         else:
             self.pin(axis, reason)
+
+    def selected(self, axis: Axis, reason: str) -> None:
+        """Pins, but for an axis that a router chooses from when the user wants whole ``experts`` to go.
+
+        What the operator does must come out the same for the indices that are kept, provided that the router chooses
+        no other.
+        """
+        if self.experts:
+            self._facts.selections.pins.append((axis, Pin(reason, self.where)))
+        else:
+            self.pin(axis, reason)
+
+    def among_kept(self, axis: Axis, reason: str) -> None:
+        """The indices of the axis compete (softmax, the largest): with ``experts`` only those that are kept do.
+
+        The oracle does the same (:mod:`graphprune.passes.restrict`, which has to know the operator).
+        """
+        self.selected(axis, reason)
+        if self.experts:
+            self._facts.statistics.append(self.node)
+
+    def ranked(self, axis: Axis, reason: str, chosen: int, output: int | None = None) -> None:
+        """The best ``chosen`` indices of the axis are taken, as a router does; ``output`` of the node has them."""
+        self.among_kept(axis, reason)
+        if self.experts:
+            selections = self._facts.selections
+            selections.ranked.append((axis, chosen))
+            selections.index_of[self.node if output is None else (self.node, output)] = axis
+
+    def index_of(self, tensor: Any) -> Axis | None:
+        """The axis that the values of an argument of the node index, where that is known."""
+        return self._facts.selections.index_of.get(tensor) if isinstance(tensor, fx.Node) else None
+
+    def looked_up(self, axis: Axis, indices: Any, reason: str = "looked up by index") -> None:
+        """The axis is indexed by the values of ``indices``, an argument of the node: it may not be renumbered.
+
+        When a router chose them, they are renumbered as its axis is, and the two are one.
+        """
+        chosen_from = self.index_of(indices)
+        if chosen_from is None:
+            self.pin(axis, reason)
+        else:
+            self.selected(axis, reason)
+            self.same(axis, chosen_from)
+            self._facts.selections.looked_up.append(chosen_from)
+
+    def running_sum(self, axis: Axis, reason: str) -> None:
+        """The output is the inclusive running sum of the first argument along the axis."""
+        self.selected(axis, reason)
+        if self.experts:
+            self._facts.selections.running_sums[self.node] = axis
+
+    def running_sum_of(self, tensor: Any) -> Axis | None:
+        """The axis that an argument of the node is an inclusive running sum along, where that is known."""
+        return self._facts.selections.running_sums.get(tensor) if isinstance(tensor, fx.Node) else None
 
     def fresh(self, size: int, reason: str | None = None) -> Axis:
         """A new axis, pinned if a reason is given."""
@@ -208,6 +291,10 @@ class Rule:
         """The kernel of this operator only takes sizes of ``axis`` that are multiples of ``of``."""
         if of > 1:
             self._facts.multiples.append((axis, of))
+
+    def at_least(self, axis: Axis, minimum: int) -> None:
+        """So many indices of the axis, and of every leaf below it, must stay."""
+        self._facts.minimums.append((axis, minimum))
 
     def named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The arguments of the call under the names that the operator's schema gives them."""

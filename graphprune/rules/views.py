@@ -120,11 +120,11 @@ def unsqueeze(r: Rule, x: Dims, dim: int) -> Dims:
 
 @rule(aten.squeeze, aten.squeeze_)
 def squeeze(r: Rule, x: Dims, dim: Any = None) -> Dims:
-    """The traced shape says what goes; an axis that is 1 only after pruning would go too, so sizes 1 stay pinned."""
+    """The traced shape says what goes; an axis that is 1 only after pruning would go too, so two stay."""
     chosen = range(len(x)) if dim is None else [d % len(x) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     for i in chosen:
         if x[i].size != 1:
-            r.pin(x[i], "squeeze would drop it at size 1")
+            r.at_least(x[i], 2)
     return tuple(axis for i, axis in enumerate(x) if i not in chosen or axis.size != 1)
 
 
