@@ -58,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--skip-first", type=int, default=0, metavar="N", help="spare the first N blocks")
     prune.add_argument("--skip-last", type=int, default=0, metavar="N", help="spare the last N blocks")
     prune.add_argument("--inner-axes", action="store_true", help="also prune channels of every head and the like")
+    prune.add_argument(
+        "--width", action="store_true", help="also prune the residual width, and what else is normalised"
+    )
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
+    inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
     return parser
 
 
@@ -75,7 +79,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from graphprune.io.models import load_model
 
     model, _ = load_model(options.model)
-    print(graphprune.inspect(model, inner_axes=options.inner_axes))
+    print(graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width))
 
 
 def _prune(options: argparse.Namespace) -> None:
@@ -114,6 +118,7 @@ def _prune(options: argparse.Namespace) -> None:
             skip_first=options.skip_first,
             skip_last=options.skip_last,
             inner_axes=options.inner_axes,
+            width=options.width,
             samples=options.samples,
             length=options.length,
             seed=options.seed,

@@ -18,6 +18,7 @@ from graphprune.ir.plan import Plan
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
+from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
@@ -39,6 +40,7 @@ def compile(
     skip_first: int = 0,
     skip_last: int = 0,
     inner_axes: bool = False,
+    width: bool = False,
     samples: int = 32,
     length: int = 128,
     seed: int = 0,
@@ -67,6 +69,9 @@ def compile(
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
         inner_axes: also prune inner factors of products, such as channels of every head.
+        width: also prune axes that a norm or a mean is taken over, first of all the residual width that embeddings,
+            norms and projections share. The statistic is then that of what is kept, in the pruned model as in the
+            original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
@@ -93,6 +98,7 @@ def compile(
         skip_first=skip_first,
         skip_last=skip_last,
         inner_axes=inner_axes,
+        width=width or (plan is not None and plan.width),
         seed=seed,
         samples=samples,
         length=length,
@@ -104,22 +110,30 @@ def compile(
     before = measure(model)
     base_config = _base_config(model)
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
-    seconds = run_passes(program, _pipeline(program, plan))
+    try:
+        seconds = run_passes(program, _pipeline(program, plan))
+    except UntracedSizes:
+        args, kwargs = program.inputs
+        program = Program(model, (args, {**kwargs, "use_cache": True}), options, progress=progress)
+        seconds = run_passes(program, _pipeline(program, plan))
     pruned = program.need("pruned")
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
     return pruned
 
 
-def inspect(model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False) -> Inspection:
+def inspect(
+    model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False, width: bool = False
+) -> Inspection:
     """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
 
-    ``print`` it to read it. ``example_inputs`` and ``inner_axes`` as in :func:`compile`.
+    ``print`` it to read it. ``example_inputs``, ``inner_axes`` and ``width`` as in
+    :func:`compile`.
 
     Raises :class:`GraphPruneError` when the model cannot be traced.
     """
     _check_model(model)
-    program = _program(model, Options(inner_axes=inner_axes), example_inputs)
+    program = _program(model, Options(inner_axes=inner_axes, width=width), example_inputs)
     run_passes(program, pipelines.ANALYSE)
     return Inspection(program)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.folding import fold_groups
+from graphprune.ir.axes import find
 from graphprune.ir.program import NodeGroup, Program, describe_dims
 
 _SHOWN = 12  # members of a group that are listed
@@ -38,6 +39,23 @@ class Inspection:
         on = {m.tensor for group in self.prunable for m in group.members if m.tensor in parameters}
         return sum(parameters[name].numel() for name in on) / sum(p.numel() for p in parameters.values())
 
+    def pinned_by(self, operator: str) -> tuple[int, int]:
+        """What an entry of ``unruled`` costs: parameters with a dimension that it pins, and those it alone pins.
+
+        Each parameter counts with all its elements.
+        """
+        by_it: set[str] = set()
+        by_it_alone: set[str] = set()
+        for group in self.groups:
+            mine = [pin for pin in find(group.axis).pins if pin.reason == f"operator {operator}"]
+            if mine:
+                tensors = {member.tensor for member in group.members}
+                by_it |= tensors
+                if len(mine) == len(group.pins):
+                    by_it_alone |= tensors
+        sizes = {name: p.numel() for name, p in self.program.model.named_parameters()}
+        return sum(sizes.get(name, 0) for name in by_it), sum(sizes.get(name, 0) for name in by_it_alone)
+
     def __str__(self) -> str:
         lines = [
             f"{type(self.program.model).__name__}: {len(self.groups)} node groups, {len(self.prunable)} prunable, "
@@ -48,8 +66,13 @@ class Inspection:
         lines += ["", "Left alone:", *self._folded(others, lambda group: self.skipped[group.name])]
         if self.unruled:
             lines += ["", "Operators without a rule, and what they pinned:"]
-            for name, places in self.unruled.items():
-                lines.append(f"  {name}: {len(places)}×, first at {places[0]}")
+            cost = {name: self.pinned_by(name) for name in self.unruled}
+            for name in sorted(cost, key=lambda name: cost[name], reverse=True):
+                places = self.unruled[name]
+                lines.append(
+                    f"  {name}: {len(places)}×, first at {places[0]}; pins {cost[name][0]:,} parameters, "
+                    f"{cost[name][1]:,} of them alone"
+                )
         return "\n".join(lines)
 
     def _folded(self, groups: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[str]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Misaligned, Pin, pin
+from graphprune.ir.axes import Misaligned, Pin, leaves, pin
 from graphprune.ir.program import AxisMap, Program
 from graphprune.passes.base import compiler_pass
-from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, dims_of, find_rule
+from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, concrete, dims_of, find_rule, is_stand_in
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
 from graphprune.trace.skeleton import names
@@ -26,11 +26,12 @@ def infer_axes(program: Program) -> None:
     found: Trace = program.need("trace")
     canonical, tensors = _tensor_dims(program)
     axes = AxisMap({}, tensors, canonical, Facts())
+    width = program.options.width
     for node in found.graph.nodes:
         if node.op == "placeholder":
             axes.values[node] = _placeholder(found, axes, node)
         elif node.op == "call_function":
-            axes.values[node] = _call(found, axes, node)
+            axes.values[node] = _call(found, axes, node, width)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
@@ -63,7 +64,7 @@ def _placeholder(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     return dims
 
 
-def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
     value = node.meta.get("val")
     if node.target is operator.getitem:
         source = axes.values[node.args[0]]
@@ -71,10 +72,8 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
     if not _has_tensors(value):
         return None
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
-    if not _is_static(value) or not all(_is_static(source.meta.get("val")) for source in node.all_input_nodes):
-        return _unknown(axes, node, args, kwargs, "has a size that depends on values")
     rule = find_rule(node.target)
-    speaker = Rule(node, axes.facts, source_line)
+    speaker = Rule(node, axes.facts, source_line, width)
     out = None
     problem = "has no rule"
     if rule is not None:
@@ -89,6 +88,7 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
             problem = f"has a rule that cannot read this call ({type(error).__name__}: {error})"
     if out is None or not _fits(out, value):
         return _unknown(axes, node, args, kwargs, problem)
+    _pin_unknown_sizes(out)
     for size in _sizes((args, kwargs)):
         if id(size) not in speaker.sizes_used:
             # Used as a number, not as a size: what it stands for must keep its value.
@@ -125,17 +125,17 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _is_static(value: Any) -> bool:
-    """All sizes are numbers: none of them depends on the values of a tensor."""
-    if isinstance(value, (list, tuple)):
-        return all(_is_static(item) for item in value)
-    return not isinstance(value, torch.Tensor) or all(isinstance(size, int) for size in value.shape)
+def _pin_unknown_sizes(out: Any) -> None:
+    for dims in out if isinstance(out, list) else [out]:
+        for axis in dims or ():
+            if any(is_stand_in(leaf.size) for leaf in leaves(axis)):
+                pin(axis, Pin("its size depends on values"))
 
 
 def _fits(out: Any, value: Any) -> bool:
     """The dims a rule returned have the traced shapes."""
     if isinstance(value, torch.Tensor):
-        return isinstance(out, tuple) and [a.size for a in out] == [int(s) for s in value.shape]
+        return isinstance(out, tuple) and [a.size for a in out] == [concrete(s) for s in value.shape]
     pairs = list(zip(out, value, strict=False)) if isinstance(out, list) and len(out) == len(value) else []
     return bool(pairs) and all(v is None or _fits(o, v) for o, v in pairs)
 
@@ -150,8 +150,6 @@ def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str)
     for size in _sizes((args, kwargs)):
         axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), where))
     value = node.meta["val"]
-    if not _is_static(value):
-        return None  # it has no dims; whatever reads it is unknown in turn
     if isinstance(value, torch.Tensor):
         out: Any = dims_of(value.shape)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
 from graphprune.passes.build_node_groups import build_node_groups
+from graphprune.passes.check_cached_sizes import check_cached_sizes
 from graphprune.passes.check_weights import check_weights
 from graphprune.passes.find_removal_structures import find_removal_structures
 from graphprune.passes.follow_sizes import follow_sizes
@@ -18,6 +19,6 @@ from graphprune.passes.verify import verify, verify_before_rewrite
 
 ANALYSE: tuple[Pass, ...] = (trace_model, infer_axes, solve_sizes, build_node_groups, find_removal_structures)
 PLAN: tuple[Pass, ...] = (check_weights, *ANALYSE, score, allocate_budget, select_structures, follow_sizes)
-EMIT: tuple[Pass, ...] = (rewrite, verify)
-EMIT_IN_PLACE: tuple[Pass, ...] = (verify_before_rewrite, rewrite)
-EMIT_UNVERIFIED: tuple[Pass, ...] = (rewrite,)
+EMIT: tuple[Pass, ...] = (check_cached_sizes, rewrite, verify)
+EMIT_IN_PLACE: tuple[Pass, ...] = (check_cached_sizes, verify_before_rewrite, rewrite)
+EMIT_UNVERIFIED: tuple[Pass, ...] = (check_cached_sizes, rewrite)

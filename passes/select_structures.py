@@ -39,7 +39,7 @@ def select_structures(program: Program) -> None:
             keep[group.name] = kept.nonzero().flatten().tolist()
             sizes[group.name] = group.size
     reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method)
+    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width)
 
 
 class ParameterCounter:

@@ -2,7 +2,8 @@
 
 Removing a structure must equal dropping its term from every contraction that consumes it. The masked original is the
 traced graph run at full size, with the original weights and the true operators, where every contracted operand is
-multiplied by the 0/1 keep-mask of its axis. A wrong rule cannot hide in it: where an axis was not safe to prune,
+multiplied by the 0/1 keep-mask of its axis, and every statistic that is to follow its axis is taken over what is kept
+(:mod:`graphprune.passes.restrict`). A wrong rule cannot hide in it: where an axis was not safe to prune,
 the full-size operator sees the removed indices and the sliced one does not.
 """
 
@@ -18,7 +19,9 @@ from graphprune.ir.axes import Axis
 from graphprune.ir.program import Program, dim_mask
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
+from graphprune.passes.restrict import kept_indices, run_on_kept
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.rules.registry import Contraction
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
@@ -123,13 +126,13 @@ class _Masked(fx.Interpreter):
         super().__init__(trace.module)
         self._outputs = trace.outputs
         keep = program.keep_masks()
-        self._masks: dict[fx.Node, list[tuple[int, int, torch.Tensor]]] = {}
+        self._masks: dict[fx.Node, list[tuple[Contraction, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
-            source = contraction.node.args[contraction.arg]
-            axis: Axis = axes.values[source][contraction.dim]
+            axis: Axis = axes.values[contraction.operand][contraction.dim]
             mask = dim_mask(axis, keep)
             if mask is not None:
-                self._masks.setdefault(contraction.node, []).append((contraction.arg, contraction.dim, mask))
+                self._masks.setdefault(contraction.node, []).append((contraction, mask))
+        self._kept_indices = kept_indices(program)
 
     def run_outputs(self, arguments: list[Any]) -> list[torch.Tensor]:
         kept: dict[fx.Node, torch.Tensor] = {}
@@ -140,7 +143,11 @@ class _Masked(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_function" and n.target in _NO_OPERATION:
             return None
-        out = super().run_node(n)
+        if n in self._kept_indices:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            out = run_on_kept(n.target, self._kept_indices[n], args, kwargs)
+        else:
+            out = super().run_node(n)
         if n in self._outputs:
             self._kept[n] = out
         return out
@@ -154,8 +161,14 @@ class _Masked(fx.Interpreter):
         args, kwargs = super().fetch_args_kwargs_from_env(n)
         if n in self._masks:
             operands = list(args)
-            for arg, dim, mask in self._masks[n]:
-                operands[arg] = _masked(operands[arg], dim, mask)
+            for contraction, mask in self._masks[n]:
+                arg, item = contraction.arg, contraction.item
+                if item is None:
+                    operands[arg] = _masked(operands[arg], contraction.dim, mask)
+                else:
+                    of_list = list(operands[arg])
+                    of_list[item] = _masked(of_list[item], contraction.dim, mask)
+                    operands[arg] = of_list
             args = tuple(operands)
         return args, kwargs
 

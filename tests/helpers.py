@@ -135,20 +135,20 @@ def analyse(model: nn.Module, inputs: Any = None, *, inner_axes: bool = True, **
     return program
 
 
-def plan_removing(gone: dict[str, tuple[int, list[int]]]) -> Plan:
+def plan_removing(gone: dict[str, tuple[int, list[int]]], width: bool = False) -> Plan:
     """A plan from axis name → (size, removed indices)."""
     keep = {name: [i for i in range(size) if i not in removed] for name, (size, removed) in gone.items()}
-    return Plan(0.0, keep, {name: size for name, (size, _) in gone.items()}, {}, "test")
+    return Plan(0.0, keep, {name: size for name, (size, _) in gone.items()}, {}, "test", width)
 
 
-def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = True) -> list[str]:
+def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = True, width: bool = False) -> list[str]:
     """Remove one or two random indices of every prunable axis, one axis at a time; the oracle must hold each time.
 
     Sharper than a ratio: an axis that should have been pinned cannot hide behind the others. ``together`` also
     removes from all axes at once, through the public ``compile``. The names of the axes are returned.
     """
     generator = torch.Generator().manual_seed(len(list(model.parameters())))
-    program = analyse(model, inputs)
+    program = analyse(model, inputs, width=width)
     exact = all(parameter.dtype == torch.float64 for parameter in model.parameters())
     limit = 1e-9 if exact else 1e-4  # a model in float64 shows smaller errors than compile asks about
     gone = {}
@@ -160,7 +160,7 @@ def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = T
         run_passes(program, (replay_plan(plan), follow_sizes, *pipelines.EMIT))
         assert program.need("oracle_error") <= limit, group.name
     if together and gone:
-        pruned = graphprune.compile(model, plan=plan_removing(gone), example_inputs=inputs)
+        pruned = graphprune.compile(model, plan=plan_removing(gone, width), example_inputs=inputs)
         report = graphprune.report(pruned)
         assert report.oracle_error is not None
         assert report.oracle_error <= limit

@@ -52,6 +52,17 @@ def test_json_and_plan_replay(folder, tmp_path, capsys):
     assert a.keys() == b.keys()
 
 
+def test_width_and_its_plan(folder, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["prune", str(folder), "--ratio", "0.3", "--width", "-o", str(first)]) == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text(graphprune.report(graphprune.load(first)).plan.to_json())
+    assert main(["prune", str(folder), "--plan", str(plan), "-o", str(second)]) == 0
+    a, b = graphprune.load(first).state_dict(), graphprune.load(second).state_dict()
+    assert a["model.norm.weight"].numel() < 32
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_pruning_a_pruned_folder_again(folder, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["prune", str(folder), "--ratio", "0.2", "-o", str(first)]) == 0

@@ -29,14 +29,15 @@ def greedy(model, tokenizer, **options) -> list[int]:
     return model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)[0].tolist()
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-def test_pruned_by_ratio(smollm2, ratio, tmp_path):
+@pytest.mark.parametrize(("ratio", "width"), [(0.2, False), (0.5, False), (0.2, True)])
+def test_pruned_by_ratio(smollm2, ratio, width, tmp_path):
     model, tokenizer = smollm2
     before = {name: (t.data_ptr(), t._version) for name, t in model.named_parameters()}
-    pruned = graphprune.compile(model, ratio)
+    pruned = graphprune.compile(model, ratio, width=width)
     report = graphprune.report(pruned)
 
     assert type(pruned) is type(model)
+    assert (pruned.model.norm.weight.numel() < 576) is width
     assert abs(report.ratio - ratio) < 0.001
     assert sum(p.numel() for p in pruned.parameters()) == report.parameters_after
     assert report.oracle_error <= 1e-4

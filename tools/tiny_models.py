@@ -61,7 +61,9 @@ _INDEXER = {
 OPEN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "dots3_note": {"text_config": {"use_sliding_window": False}, "vision_config": {"pyramid_num_routed": [-1, 4]}},
+    "dots3_note_text": {"use_sliding_window": False},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -69,7 +71,7 @@ OPEN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 64], "axial_pos_embds_dim": [4, 12]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
 
@@ -107,11 +109,12 @@ def tiny_models(model_type: str, cls: type[nn.Module]) -> Iterator[nn.Module]:
 
 def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedConfig]:
     kind = CONFIG_MAPPING[model_type]
-    try:
-        default = kind()
-    except Exception as error:  # noqa: BLE001
-        reasons.append(f"its default config: {type(error).__name__}: {error}")
-        default = None
+    default = None
+    for more in ({}, OPEN.get(model_type, {})):
+        try:
+            default = default or kind(**more)
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"its default config: {type(error).__name__}: {error}")
     for heads, width in FACTORS:
         for with_kinds in (False, True):
             try:
@@ -215,8 +218,8 @@ def _number(name: str, value: int, config: PretrainedConfig, heads: int, width: 
         return min(value, EXPERTS)
     if name in ("first_k_dense_replace", "num_dense_layers", "max_window_layers"):
         return min(value, 1)
-    if name == "num_kv_shared_layers":
-        return 0
+    if name == "num_kv_shared_layers":  # all of them, or none
+        return layers_needed(config) if value == vars(config).get("num_hidden_layers") else 0
     if _LAYERS.search(name) and "per" not in name:
         return min(value, layers_needed(config))
     if _HEAD_WIDTH.search(name):

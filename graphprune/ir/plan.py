@@ -23,6 +23,7 @@ class Plan:
         sizes: name of every axis in ``keep`` → its size before.
         skipped: name of every axis left alone → the reason.
         method: how the plan was made.
+        width: whether it may prune what statistics are taken over; see :func:`graphprune.compile`.
     """
 
     ratio: float
@@ -30,6 +31,7 @@ class Plan:
     sizes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     method: str = ""
+    width: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:  # NaN is neither
@@ -50,6 +52,7 @@ class Plan:
             "format": FORMAT,
             "method": self.method,
             "ratio": self.ratio,
+            **({"width": True} if self.width else {}),
             "axes": {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()},
             "skipped": self.skipped,
         }
@@ -74,7 +77,10 @@ class Plan:
             keep = {str(name): [_index(i) for i in axis["keep"]] for name, axis in axes.items()}
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
-            return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")))
+            width = data.get("width", False)
+            if not isinstance(width, bool):
+                raise TypeError(f"width is {width!r}")
+            return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")), width)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
 

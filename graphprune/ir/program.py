@@ -99,6 +99,7 @@ class Options:
     skip_first: int = 0
     skip_last: int = 0
     inner_axes: bool = False
+    width: bool = False
     seed: int = 0
     samples: int = 32
     length: int = 128

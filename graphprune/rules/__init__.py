@@ -3,6 +3,7 @@
 from graphprune.rules import (
     attention,
     blocks,
+    complex_numbers,
     convolution,
     factories,
     indexing,
@@ -12,7 +13,7 @@ from graphprune.rules import (
     reductions,
     views,
 )
-from graphprune.rules.registry import Contraction, Dims, Facts, Rule, SizeUse, find_rule, rule
+from graphprune.rules.registry import Contraction, Dims, Facts, Rule, SizeUse, find_rule, rule, rule_by_name
 
 __all__ = [
     "Contraction",
@@ -22,6 +23,7 @@ __all__ = [
     "SizeUse",
     "attention",
     "blocks",
+    "complex_numbers",
     "convolution",
     "factories",
     "find_rule",
@@ -31,5 +33,6 @@ __all__ = [
     "pointwise",
     "reductions",
     "rule",
+    "rule_by_name",
     "views",
 ]

@@ -22,15 +22,31 @@ def index(r: Rule, x: Dims, indices: Sequence[Dims | None], written: Dims | None
     if len(indices) > len(x):
         return None
     used = [i for i, one in enumerate(indices) if one is not None]
+    if any(node is not None and node.meta["val"].dtype is torch.bool for node in r.node.args[1]):  # type: ignore[union-attr]
+        return _index_by_mask(r, x, indices, used, written)
     for i in used:
         r.pin(x[i], _LOOKED_UP)
     picked = r.broadcast(*(one for one in indices if one is not None))
-    if written is None and len(r.output_shape()) != len(picked) + len(x) - len(used):
-        return None  # a boolean mask: its size is not known
     adjacent = used == list(range(used[0], used[-1] + 1))
     before = [axis for i, axis in enumerate(x) if i < used[0]] if adjacent else []
     after = [axis for i, axis in enumerate(x) if i not in used and not (adjacent and i < used[0])]
     out = (*before, *picked, *after)
+    if written is not None:
+        r.broadcast(out, written)
+    return out
+
+
+def _index_by_mask(
+    r: Rule, x: Dims, indices: Sequence[Dims | None], used: list[int], written: Dims | None
+) -> Dims | None:
+    """One boolean mask over some neighbouring dimensions: what it picks becomes one dimension of unknown size."""
+    if len(used) != 1:
+        return None
+    place, mask = used[0], indices[used[0]] or ()
+    for axis in (*x[place : place + len(mask)], *mask):
+        r.pin(axis, "picked by a mask")
+    picked = r.fresh(r.output_shape()[place] if written is None else 1, "picked by a mask")
+    out = (*x[:place], picked, *x[place + len(mask) :])
     if written is not None:
         r.broadcast(out, written)
     return out

@@ -58,22 +58,42 @@ def outer(r: Rule, x: Dims, y: Dims) -> Dims:
 def einsum(r: Rule, equation: str, operands: list[Dims], **options: Any) -> Dims | None:
     """Each letter is one axis; a letter missing on the right is summed away."""
     left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or "." in equation:
+    if not arrow:
         return None
+    *terms, right = _spelled_out([*left.split(","), right], [len(dims) for dims in operands])
     axis_of: dict[str, Any] = {}
-    for term, dims in zip(terms, operands, strict=True):
-        for letter, axis in zip(term, dims, strict=True):
+    place_of: dict[str, tuple[int, int]] = {}
+    for item, (term, dims) in enumerate(zip(terms, operands, strict=True)):
+        if len(set(term)) != len(term):
+            return None  # a diagonal
+        for place, (letter, axis) in enumerate(zip(term, dims, strict=True)):
+            if axis.size != 1:
+                place_of.setdefault(letter, (item, place))
             if axis.size == 1 and letter in axis_of:
                 continue
             if letter in axis_of and axis_of[letter].size != 1:
                 r.same(axis_of[letter], axis)
             else:
                 axis_of[letter] = axis
-    for letter, axis in axis_of.items():
-        if letter not in right:
-            r.pin(axis, "summed away by einsum")  # its operand sits in a list, where the oracle cannot mask it
+    for letter, (item, place) in place_of.items():
+        if letter not in right:  # zero in one operand is enough
+            r.contract(1, place, item=item)
     return tuple(axis_of[letter] for letter in right)
+
+
+def _spelled_out(terms: list[str], ranks: list[int]) -> list[str]:
+    """``...h,ho,...o`` with the dimensions behind the dots as letters of their own: capitals that are still free."""
+    used = set("".join(terms))
+    spare = [chr(code) for code in range(ord("A"), ord("Z") + 1) if chr(code) not in used]
+    hidden = max(
+        (rank - len(t.replace("...", "")) for t, rank in zip(terms, ranks, strict=False) if "..." in t), default=0
+    )
+    letters = spare[:hidden]
+    out = []
+    for i, term in enumerate(terms):
+        width = ranks[i] - len(term.replace("...", "")) if i < len(ranks) else hidden
+        out.append(term.replace("...", "".join(letters[hidden - width :])))
+    return out
 
 
 @rule(aten.embedding)

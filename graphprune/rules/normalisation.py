@@ -1,4 +1,5 @@
-"""Normalisations: the statistics of an axis change when an index is removed, so the axis is pinned."""
+"""Normalisations: the statistics of an axis change when an index is removed, so it is pinned, or with ``width`` they
+are taken over what is kept."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def layer_norm(
     """Statistics over the last ``len(shape)`` dimensions."""
     axes = x[-len(shape) :]
     for axis, size in zip(axes, shape, strict=True):
-        r.pin(axis, "normalised")
+        r.statistic(axis, "normalised")
         r.size(size, axis)
     _affine(r, axes, weight, bias if isinstance(bias, tuple) else None)
     return x
@@ -50,7 +51,7 @@ def group_norm(
         r.pin(x[1], str(error))
     else:
         r.size(groups, group)
-        r.pin(inner, "normalised")
+        r.statistic(inner, "normalised")
     for axis in x[2:]:
         r.pin(axis, "normalised")
     _affine(r, x[1:2], weight, bias)

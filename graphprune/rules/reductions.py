@@ -1,8 +1,11 @@
-"""Reductions: a sum drops a removed index whatever its value was; every other one changes its value, and pins."""
+"""Reductions: a sum drops a removed index whatever its value was; every other one changes its value, and pins.
+
+A mean, variance or norm is a statistic: with ``width`` it is taken over what is kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,15 +37,13 @@ def sum_(r: Rule, x: Dims, dims: Any = None, keepdim: bool = False, **options: A
     return _without(x, chosen, keepdim)
 
 
-def _pinning(reason: str) -> Any:
-    def reduction(r: Rule, x: Dims, dims: Any = None, *options: Any, **more: Any) -> Any:
-        if isinstance(dims, (bool, tuple)) and not (isinstance(dims, tuple) and all(isinstance(d, int) for d in dims)):
-            dims = None
-        keep = next((o for o in options if isinstance(o, bool)), bool(more.get("keepdim", False)))
-        chosen = _chosen(more.get("dim", dims), len(x))
+def _reduction(reason: str, say: Callable[[Rule, Axis, str], None] = Rule.pin) -> Any:
+    def reduction(r: Rule, x: Dims, *given: Any, **named: Any) -> Any:
+        options = r.options(given, named)
+        chosen = _chosen(options.get("dim"), len(x))
         for i in chosen:
-            r.pin(x[i], reason)
-        out = _without(x, chosen, keep)
+            say(r, x[i], reason)
+        out = _without(x, chosen, bool(options.get("keepdim", False)))
         value = r.node.meta["val"]
         return [out] * len(value) if isinstance(value, (tuple, list)) else out
 
@@ -50,24 +51,18 @@ def _pinning(reason: str) -> Any:
 
 
 for _reason, _names in {
-    "averaged": "mean std var std_mean var_mean nanmean",
     "its largest or smallest is taken": "amax amin max.dim min.dim max.default min.default argmax argmin aminmax "
     "any all median.dim mode kthvalue logsumexp",
     "multiplied up": "prod",
-    "a norm over it is taken": "linalg_vector_norm",
 }.items():
     for _name in _names.split():
         _packet, _, _overload = _name.partition(".")
         _operator = getattr(aten, _packet)
-        rule(getattr(_operator, _overload) if _overload else _operator)(_pinning(_reason))
+        rule(getattr(_operator, _overload) if _overload else _operator)(_reduction(_reason))
 
 
-@rule(aten.norm)
-def norm(r: Rule, x: Dims, p: Any = 2, dims: Any = None, keepdim: bool = False, **options: Any) -> Dims:
-    chosen = _chosen(dims, len(x))
-    for i in chosen:
-        r.pin(x[i], "a norm over it is taken")
-    return _without(x, chosen, keepdim)
+rule(aten.mean, aten.nanmean, aten.std, aten.var, aten.std_mean, aten.var_mean)(_reduction("averaged", Rule.statistic))
+rule(aten.norm, aten.linalg_vector_norm)(_reduction("a norm over it is taken", Rule.statistic))
 
 
 @rule(aten.cumsum, aten.cumprod, aten.cummax, aten.cummin, aten.logcumsumexp)

@@ -65,7 +65,7 @@ def find_rule(operator: Any) -> RuleFunction | None:
 
 @dataclass(frozen=True)
 class Contraction:
-    """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away.
+    """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away; ``item`` says which tensor of a list.
 
     Removing an index of its axis means dropping its term of the sum. ``weight`` is the (argument, dimension) of the
     other operand when that may be a weight.
@@ -75,6 +75,13 @@ class Contraction:
     arg: int
     dim: int
     weight: tuple[int, int] | None = None
+    item: int | None = None
+
+    @property
+    def operand(self) -> fx.Node:
+        """The node whose value loses a dimension."""
+        value: Any = self.node.args[self.arg]
+        return value if self.item is None else value[self.item]
 
 
 @dataclass(frozen=True)
@@ -94,15 +101,20 @@ class Facts:
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    statistics: list[fx.Node] = field(default_factory=list)  # whose statistic is to be taken over what is kept
 
 
 class Rule:
-    """What one application of a rule may say about axes. ``node`` is the operator's call."""
+    """What one application of a rule may say about axes. ``node`` is the operator's call.
 
-    def __init__(self, node: fx.Node, facts: Facts, where: Callable[[fx.Node], str]):
+    With ``width`` an axis that a statistic is taken over is not pinned.
+    """
+
+    def __init__(self, node: fx.Node, facts: Facts, where: Callable[[fx.Node], str], width: bool = False):
         self.node = node
         self._facts = facts
         self._where = where
+        self._width = width
         self.sizes_used: set[int] = set()
 
     @property
@@ -112,6 +124,17 @@ class Rule:
     def pin(self, axis: Axis, reason: str) -> None:
         """The axis may not be pruned."""
         pin(axis, Pin(reason, self.where))
+
+    def statistic(self, axis: Axis, reason: str) -> None:
+        """A mean, a variance or a norm is taken over the axis: it changes with every index that goes, so it pins.
+
+        With ``width`` the user wants it taken over what is kept; the oracle then does the same
+        (:mod:`graphprune.passes.restrict`, which has to know the operator).
+        """
+        if self._width:
+            self._facts.statistics.append(self.node)
+        else:
+            self.pin(axis, reason)
 
     def fresh(self, size: int, reason: str | None = None) -> Axis:
         """A new axis, pinned if a reason is given."""
@@ -141,9 +164,9 @@ class Rule:
             out.append(real[0])
         return tuple(out)
 
-    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None) -> None:
+    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None, item: int | None = None) -> None:
         """See :class:`Contraction`."""
-        self._facts.contractions.append(Contraction(self.node, arg, dim, weight))
+        self._facts.contractions.append(Contraction(self.node, arg, dim, weight, item))
 
     def size(self, value: Any, axis: Axis) -> None:
         """The integer argument ``value`` gives the size of ``axis``: it must follow when the axis shrinks.
@@ -169,12 +192,42 @@ class Rule:
         if of > 1:
             self._facts.multiples.append((axis, of))
 
+    def named(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of the call under the names that the operator's schema gives them."""
+        schema = self.node.target._schema  # type: ignore[union-attr]
+        return {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+
+    def options(self, given: Sequence[Any], named: dict[str, Any]) -> dict[str, Any]:
+        """The arguments behind the first by their names in the operator's schema, which differs per overload."""
+        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
+        return dict(zip(names[1:], given, strict=False)) | named
+
     def output_shape(self, index: int | None = None) -> tuple[int, ...]:
         """The shape of the node's output as traced."""
         value = self.node.meta["val"]
-        return tuple(int(s) for s in (value if index is None else value[index]).shape)
+        return tuple(concrete(s) for s in (value if index is None else value[index]).shape)
 
 
-def dims_of(shape: Sequence[int]) -> Dims:
-    """Fresh axes for a shape."""
-    return tuple(Axis(int(size)) for size in shape)
+def dims_of(shape: Sequence[Any]) -> Dims:
+    """Fresh axes for a shape; those whose size depends on values are pinned."""
+    out = tuple(Axis(concrete(size)) for size in shape)
+    for axis, size in zip(out, shape, strict=True):
+        if isinstance(size, torch.SymInt):
+            pin(axis, Pin("its size depends on values"))
+    return out
+
+
+_FIRST_STAND_IN = 1_000_003  # larger than any real dimension that a rule could take it for
+_stand_ins: dict[str, int] = {}
+
+
+def concrete(size: Any) -> int:
+    """A size as a number: one that depends on values gets a number that no other size has."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return _stand_ins.setdefault(str(size), _FIRST_STAND_IN + 2 * len(_stand_ins))
+
+
+def is_stand_in(size: int) -> bool:
+    """True for a number that :func:`concrete` made up."""
+    return size >= _FIRST_STAND_IN and size in _stand_ins.values()

@@ -161,7 +161,9 @@ def repeat_interleave(r: Rule, x: Dims, repeats: Any, dim: int | None = None, **
     dim %= len(x)
     copies = Axis(int(repeats))
     r.size(repeats, copies)
-    return (*x[:dim], product([x[dim], copies]), *x[dim + 1 :])
+    copied = product([x[dim], copies])
+    r.size(options.get("output_size"), copied)
+    return (*x[:dim], copied, *x[dim + 1 :])
 
 
 def cut_at(r: Rule, axis: Axis, offset: int) -> tuple[Axis, Axis]:
@@ -253,6 +255,11 @@ def split(r: Rule, x: Dims, size: Any, dim: int = 0) -> list[Dims]:
 
 @rule(aten.split_with_sizes, aten.split.sizes)
 def split_with_sizes(r: Rule, x: Dims, sizes: Sequence[Any], dim: int = 0) -> list[Dims]:
+    if None in sizes:  # sizes that depend on values
+        dim %= len(x)
+        r.pin(x[dim], "split by values")
+        shapes = [r.output_shape(i) for i in range(len(sizes))]
+        return [(*x[:dim], r.fresh(shape[dim], "split by values"), *x[dim + 1 :]) for shape in shapes]
     out = _split(r, x, dim, [int(s) for s in sizes])
     for size, piece in zip(sizes, out, strict=True):
         r.size(size, piece[dim])
@@ -267,7 +274,7 @@ def chunk(r: Rule, x: Dims, chunks: int, dim: int = 0) -> list[Dims]:
     return out
 
 
-@rule(aten.cat, aten.concat)
+@rule(aten.cat, aten.concat, aten.concatenate)
 def cat(r: Rule, tensors: Sequence[Dims], dim: int = 0) -> Dims:
     tensors = [dims for dims in tensors if not (len(dims) == 1 and dims[0].size == 0)] or list(tensors)
     dim %= len(tensors[0])
@@ -277,6 +284,9 @@ def cat(r: Rule, tensors: Sequence[Dims], dim: int = 0) -> Dims:
         for i, axis in enumerate(dims):
             if i != dim:
                 r.same(tensors[0][i], axis)
+    if joined.size != r.output_shape()[dim]:  # parts whose sizes depend on values
+        r.pin(joined, "its size depends on values")
+        joined = r.fresh(r.output_shape()[dim], "its size depends on values")
     return (*tensors[0][:dim], joined, *tensors[0][dim + 1 :])
 
 

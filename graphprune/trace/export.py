@@ -143,13 +143,13 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
     try:
         with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
+        return _read(program, recorder, given)
     except Exception as error:
         if folder is not None and folder.runs:  # perhaps only because of the folding
             return trace(model, inputs, fold=False)
         if isinstance(error, GraphPruneError):
             raise
         raise _explain(model, error) from error
-    return _read(program, recorder, given)
 
 
 @contextmanager

@@ -295,13 +295,27 @@ def unroll(graph: fx.Graph, placeholders: dict[str, fx.Node]) -> tuple[list[Copy
                 copy.meta = {**source.meta, "nn_module_stack": _moved_stack(source, original, path)}
                 made[source] = copy
         for user in list(node.users):
-            successor = moved(like[user.args[1]])
+            successor = made[_of_block(like[user.args[1]], made)]
             user.replace_all_uses_with(successor)
             gone[user] = successor
             graph.erase_node(user)
         graph.erase_node(node)
         copies.append(Copy(path, original, made))
     return copies, gone
+
+
+def _of_block(node: fx.Node, made: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node of the block behind one of its outputs.
+
+    What returns the tensor it was given, as ``x.to(its own dtype)`` and in-place operators do, takes over its name in
+    the graph even after the block.
+    """
+    while node not in made:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            raise CannotFold(f"{node.name} is no output of the block")
+        node = source
+    return node
 
 
 def _moved_stack(node: fx.Node, original: str, path: str) -> Any:

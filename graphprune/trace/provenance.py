@@ -12,6 +12,7 @@ model computes depends on it, so it may not change.
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -124,26 +125,50 @@ class SizeInt(int):
     def __rtruediv__(self, other: Any) -> Any:
         return other / self._escape()
 
+    def __mod__(self, other: Any) -> Any:
+        return int(self) % other
 
-def _arithmetic(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    def __rmod__(self, other: Any) -> Any:
+        return other % int(self)
+
+
+def _arithmetic(word: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    name = f"__r{word}__" if swap else f"__{word}__"
     plain = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
         if isinstance(other, float):  # a product with a float is no size any more
             return getattr(float, name)(float(self), other)
+        if isinstance(other, torch.SymInt):  # a size that depends on values: so does the result
+            number = self._escape()
+            return getattr(operator, f"__{word}__")(*((other, number) if swap else (number, other)))
         result = plain(self, other)
         if result is NotImplemented or isinstance(other, bool):
             return result
-        mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else int(other)
-        left, right = (theirs, mine) if swap else (mine, theirs)
+        given: Expr = other.expr if isinstance(other, SizeInt) else int(other)
+        left, right = (given, self.expr) if swap else (self.expr, given)
         return SizeInt(result, Combined(symbol, left, right), self.recorder)
 
     return method
 
 
+def _comparison(name: str) -> Callable[[SizeInt, Any], Any]:
+    plain = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        # torch's symbolic integers go together with exact ints only.
+        return getattr(operator, name)(int(self), other) if isinstance(other, torch.SymInt) else plain(self, other)
+
+    return method
+
+
+for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
+    setattr(SizeInt, _name, _comparison(_name))
+setattr(SizeInt, "__hash__", int.__hash__)  # noqa: B010  (a class body with __eq__ would lose it)
+
 for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
-    setattr(SizeInt, f"__{_name}__", _arithmetic(f"__{_name}__", _symbol, swap=False))
-    setattr(SizeInt, f"__r{_name}__", _arithmetic(f"__r{_name}__", _symbol, swap=True))
+    setattr(SizeInt, f"__{_name}__", _arithmetic(_name, _symbol, swap=False))
+    setattr(SizeInt, f"__r{_name}__", _arithmetic(_name, _symbol, swap=True))
 
 
 def _caller() -> str:

@@ -18,7 +18,7 @@ def plans(draw: st.DrawFn) -> Plan:
     sizes = draw(st.dictionaries(names, st.integers(1, 12), max_size=4))
     keep = {name: sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))) for name, size in sizes.items()}
     skipped = draw(st.dictionaries(names, st.text(max_size=20), max_size=3))
-    return Plan(draw(st.floats(0, 0.99)), keep, sizes, skipped, draw(st.text(max_size=8)))
+    return Plan(draw(st.floats(0, 0.99)), keep, sizes, skipped, draw(st.text(max_size=8)), draw(st.booleans()))
 
 
 @given(plans())
@@ -46,6 +46,7 @@ def test_what_a_plan_looks_like() -> None:
     [
         {"format": 2},
         {"format": None},
+        {"width": 1},
         {"axes": None},
         {"axes": []},
         {"axes": {"a": {"size": 4}}},

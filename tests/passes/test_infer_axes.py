@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from helpers import check_every_axis
 from torch import nn
 
 import graphprune
 
 
 class DataDependent(nn.Module):
-    """A size that depends on values in one branch, an ordinary network in the other."""
+    """A number of rows that depends on values in one branch, an ordinary network in the other."""
 
     def __init__(self):
         super().__init__()
@@ -25,13 +26,26 @@ class DataDependent(nn.Module):
         return self.second(self.first(x).relu()) + extra
 
 
-def test_sizes_that_depend_on_values_pin_only_what_they_touch():
+def test_a_number_of_rows_that_depends_on_values_leaves_channels_free():
     x = torch.randn(3, 5, 6)
     model = DataDependent()
-    found = graphprune.inspect(model, example_inputs=x)
-    assert [group.name for group in found.prunable] == ["first.weight[0]"]
-    assert any("depends on values" in name for name in found.unruled)
-    assert "depends on values" in found.skipped["picked.weight[0]"]
-    pruned = graphprune.compile(model, 0.2, example_inputs=x)
-    assert graphprune.report(pruned).oracle_error < 1e-5
-    assert pruned.picked.out_features == 8
+    assert set(check_every_axis(model, x)) == {"first.weight[0]", "picked.weight[0]"}
+
+
+class Flattened(nn.Module):
+    """Channels and rows of unknown number in one dimension: neither may go."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x):
+        found = self.first(x[x.sum(-1) > 0]).flatten()
+        return self.last(x[0, :, :5]) + found.cumsum(0).sum()
+
+
+def test_what_is_flattened_together_with_unknown_rows_is_pinned():
+    found = graphprune.inspect(Flattened(), example_inputs=torch.randn(3, 5, 6))
+    assert not found.prunable
+    assert "flatten" in found.skipped["first.weight[0]"]

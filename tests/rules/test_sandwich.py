@@ -122,6 +122,31 @@ def _write(m: Any, h: Tensor) -> Tensor:
     return out.index_add(0, torch.tensor([0, 1, 2]), h)
 
 
+def _write_channels(m: Any, h: Tensor) -> Tensor:
+    return torch.zeros_like(h).index_add(2, torch.arange(23, -1, -1), h)
+
+
+def _scatter_positions(m: Any, h: Tensor) -> Tensor:
+    return torch.zeros_like(h).scatter_add(1, torch.zeros_like(h, dtype=torch.long), h)
+
+
+def _scatter_channels(m: Any, h: Tensor) -> Tensor:
+    return h.scatter(2, torch.zeros_like(h, dtype=torch.long), h)
+
+
+def _put_positions(m: Any, h: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[:, torch.tensor([2, 0])] = h[:, :2]
+    return out + h
+
+
+def _put_channels(m: Any, h: Tensor) -> Tensor:
+    out = h.clone()
+    out[..., torch.tensor([2, 0])] = h[..., :2]
+    return out
+
+
+MASK: dict[str, Any] = {"mask": lambda: nn.Buffer(torch.arange(24) % 2 == 0)}
 CASES: dict[str, Case] = {
     # views
     "nothing": Case(lambda m, h: h, [24]),
@@ -307,20 +332,17 @@ CASES: dict[str, Case] = {
     "einsum_batch": Case(lambda m, h: torch.einsum("bsh,bsh->bsh", h, h.sin()), [24]),
     "einsum_contracts": Case(
         lambda m, h: torch.einsum("bsh,ho->bso", h, m.w),
-        [],
-        "summed away by einsum",
+        [24],
         others=[10],
         after=10,
         attributes={"w": lambda: nn.Parameter(torch.randn(24, 10))},
-        reachable=False,
     ),
     "einsum_ellipsis": Case(
         lambda m, h: torch.einsum("...h,ho->...o", h, m.w),
-        [],
-        "einsum",
+        [24],
+        others=[10],
         after=10,
         attributes={"w": lambda: nn.Parameter(torch.randn(24, 10))},
-        reachable=False,
     ),
     "bilinear": Case(
         lambda m, h: m.pair(h, h.sin()),
@@ -433,10 +455,14 @@ CASES: dict[str, Case] = {
     ),
     "complex": Case(
         lambda m, h: torch.view_as_real(torch.complex(h, h.sin())).flatten(-2),
-        [],
-        "aten.complex.default has no rule",
+        [24],
         after=48,
-        reachable=False,
+    ),
+    "rotation": Case(
+        lambda m, h: torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (-1, 2))) * m.turn).flatten(-2),
+        [12],
+        "real and imaginary part",
+        attributes={"turn": lambda: nn.Buffer(torch.polar(torch.ones(12), torch.arange(12.0)).to(torch.complex128))},
     ),
     "smaller_of_two": Case(lambda m, h: torch.min(h, h.sin()) + torch.max(h, h.cos()), [24]),
     "broadcast_to": Case(lambda m, h: h[:, :1].broadcast_to(h.shape) + h, [24]),
@@ -450,7 +476,17 @@ CASES: dict[str, Case] = {
         lambda m, h: h.index_select(-1, torch.tensor([3, 1])), [], "looked up by index", after=2, reachable=False
     ),
     "index_select_positions": Case(lambda m, h: h.index_select(1, torch.tensor([3, 1])), [24]),
-    "index_add_without_rule": Case(_write, [], "index_add", reachable=False),
+    "index_add": Case(_write, [24]),
+    "index_add_channels": Case(_write_channels, [], "looked up by index", reachable=False),
+    "scatter": Case(_scatter_positions, [24]),
+    "scatter_channels": Case(_scatter_channels, [], "looked up by index", reachable=False),
+    "index_put": Case(_put_positions, [24]),
+    "index_put_channels": Case(_put_channels, [], "looked up by index", reachable=False),
+    "mask_picks_rows": Case(lambda m, h: h + h[h.detach().sum(-1) > 0].sum(0), [24]),
+    "mask_picks_channels": Case(
+        lambda m, h: h * h[:, :, m.mask].sum(), [], "picked by a mask", attributes=MASK, reachable=False
+    ),
+    "histogram": Case(lambda m, h: h + torch.histc(h.detach(), bins=5).sum(), [], "counted", reachable=False),
     "one_hot": Case(
         lambda m, h: h + m.table(F.one_hot((h.sum(-1) > 0).long(), 2).to(h)),
         [24],

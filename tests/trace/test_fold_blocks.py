@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from helpers import check_every_axis
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import graphprune
 from graphprune.passes import trace_model as trace_pass
 from graphprune.trace import export
+from graphprune.trace.export import trace
 from graphprune.trace.fold_blocks import Counter, Folder, _runs
 from graphprune.trace.inputs import example_inputs_for
 
@@ -160,3 +162,27 @@ def test_depth_costs_little():
         nodes[depth] = sum(n.op == "call_function" for n in found.graph.nodes)
     per_block = (nodes[16] - nodes[4]) / 12
     assert per_block == int(per_block)
+
+
+class _Converted(nn.Module):
+    """Converts what every block returns to the dtype it has: the same tensor under a new name in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [block(x).to(x.dtype) for block in self.blocks]
+        return self.head(torch.stack(outputs).prod(0))
+
+
+def test_outputs_that_are_renamed_behind_a_block_stay_its_own() -> None:
+    torch.manual_seed(0)
+    model = _Converted()
+    folded, full = (trace(model, ((torch.randn(3, 8),), {}), fold=fold) for fold in (True, False))
+    assert sum(n.target is torch.ops.aten.linear.default for n in full.graph.nodes) == 4
+    linears = [n for n in folded.graph.nodes if n.target is torch.ops.aten.linear.default][:3]
+    conversions = [n for n in folded.graph.nodes if n.target is torch.ops.aten.to.dtype]
+    assert [n.args[0] for n in conversions] == linears
+    check_every_axis(model, torch.randn(3, 8))

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.fx.traceback as fx_traceback
-from helpers import X, prunable, snapshot
-from torch import nn
+from helpers import X, check_every_axis, prunable, snapshot
+from torch import Tensor, nn
 
 import graphprune
 from graphprune.trace.export import Trace, trace
@@ -269,3 +269,22 @@ def test_a_trace_that_fails_leaves_the_model_as_it_was() -> None:
     unchanged()
     assert calls == []
     assert model.first._forward_hooks
+
+
+class _Counted(nn.Module):
+    """Compares and combines an attribute with a number that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit = 4
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x.nonzero().shape[0]
+        torch._check(found >= self.limit - self.limit)
+        rows = torch.zeros(found // self.limit + self.limit * found + found % self.limit).sum()
+        return self.down(self.up(x).relu()) + rows
+
+
+def test_attributes_go_together_with_numbers_that_depend_on_values() -> None:
+    assert check_every_axis(_Counted(), torch.randn(3, 8)) == ["up.weight[0]"]

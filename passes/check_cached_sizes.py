@@ -1,0 +1,62 @@
+"""The path of forward that fills a cache must fit the plan too, although it was not traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.program import Program
+from graphprune.passes.base import compiler_pass
+from graphprune.passes.rewrite import collect_slices, finish, like
+from graphprune.trace.quiet import eval_mode, without_hooks
+from graphprune.trace.skeleton import copy_structure
+
+
+class UntracedSizes(GraphPruneError):
+    """With a cache, forward uses sizes that it does not use without: it has to be traced with one."""
+
+
+@compiler_pass(requires=("plan", "axes", "new_attributes"))
+def check_cached_sizes(program: Program) -> None:
+    """Run the pruned shapes on meta tensors with ``use_cache=True``; no weight is touched.
+
+    Raises :class:`UntracedSizes` when that fails although the unpruned model does it.
+    """
+    if program.inputs[1].get("use_cache") is not False:
+        return
+    error = _error_with_cache(_pruned_shapes(program), program.inputs)
+    if error is not None and _error_with_cache(copy_structure(program.model, _to_meta), program.inputs) is None:
+        raise UntracedSizes(
+            f"{type(program.model).__name__} runs without a cache when pruned like this, but not with one: {error}"
+        )
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return like(tensor, torch.empty_like(tensor, device="meta"))
+
+
+def _pruned_shapes(program: Program) -> nn.Module:
+    slices = collect_slices(program)
+
+    def shrunk(tensor: torch.Tensor) -> torch.Tensor:
+        keep = slices.get(id(tensor), {})
+        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
+        return like(tensor, torch.empty(shape, dtype=tensor.dtype, device="meta"))
+
+    model = copy_structure(program.model, shrunk)
+    finish(program, model)
+    return model
+
+
+def _error_with_cache(model: nn.Module, inputs: Any) -> Exception | None:
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
+    try:
+        with eval_mode(model), without_hooks(model):
+            model(*args, **{**kwargs, "use_cache": True})
+    except Exception as error:  # noqa: BLE001  (whatever the model's code thinks of these shapes is the answer)
+        return error
+    return None
