@@ -170,7 +170,7 @@ def _tokens(ask: _Ask) -> torch.Tensor:
     settings = _text_settings(ask)
     vocabulary = getattr(settings, "vocab_size", None)
     if vocabulary is None:
-        vocabulary = ask.setting(_TEXT, "vocab_size", "vocabulary_size", "num_tokens")
+        vocabulary = ask.setting(_TEXT, "vocab_size", "vocabulary_size", "num_tokens", "num_hash_buckets")
     if vocabulary is None:
         raise GraphPruneError(f"The config of {type(ask.model).__name__} has no vocab_size: pass example_inputs=.")
     limit = getattr(settings, "max_position_embeddings", None)
@@ -227,8 +227,10 @@ def _channels(ask: _Ask) -> int:
 
 
 def _images(ask: _Ask) -> torch.Tensor:
-    if any(name in ask.parameters for name in _GRIDS) and ask.setting(_VISION, "spatial_merge_size") is not None:
+    if _is_required(ask, *_GRIDS):
         return _patches(ask)
+    if _is_required(ask, "spatial_shapes"):
+        return _patches(ask).expand(ask.batch, -1, -1).contiguous()
     frames = ask.setting(_VISION, "num_frames")
     if isinstance(frames, int) and "pixel_values_videos" not in ask.parameters:
         return ask.floats(ask.batch, frames, _channels(ask), *_side(ask))
@@ -241,6 +243,18 @@ def _video(ask: _Ask) -> torch.Tensor:
 
 
 _GRIDS = ("grid_thw", "image_grid_thw")
+
+
+def _is_required(ask: _Ask, *names: str) -> bool:
+    return any(ask.parameters[name].default is inspect.Parameter.empty for name in names if name in ask.parameters)
+
+
+def _spatial_shapes(ask: _Ask) -> torch.Tensor:
+    return _grid(ask)[:, 1:].expand(ask.batch, -1).contiguous()
+
+
+def _patch_mask(ask: _Ask) -> torch.Tensor:
+    return torch.ones(ask.batch, int(_grid(ask).prod()), dtype=torch.long)
 
 
 def _grid(ask: _Ask) -> torch.Tensor:
@@ -288,7 +302,7 @@ def _sound(ask: _Ask) -> torch.Tensor:
     strides = ask.setting(_AUDIO, *_STRIDES) or (320,)
     samples = math.prod(int(step) for step in strides) * ask.length * 2
     channels = ask.setting(_AUDIO, "audio_channels")
-    if channels is None and ask.setting(_AUDIO, "conv_dim") is not None:
+    if channels is None and ask.setting(_AUDIO, "codebook_size", "n_codebooks", "downsampling_ratios") is None:
         return ask.floats(ask.batch, samples)
     return ask.floats(ask.batch, channels or 1, samples)
 
@@ -306,8 +320,10 @@ def _series(ask: _Ask) -> torch.Tensor:
     """(batch, time) or (batch, time, channels): as much of the past as the longest lag reaches back."""
     lags = ask.setting((), "lags_sequence")
     time = int(ask.setting((), "context_length") or 64) + (max(lags) if lags else 0)
-    channels = ask.setting((), "num_input_channels", "input_size")
-    return ask.floats(ask.batch, time, channels) if channels not in (None, 1) else ask.floats(ask.batch, time)
+    channels = ask.setting((), "num_input_channels") or ask.setting((), "input_size")
+    if ask.setting((), "num_input_channels") is None and channels in (None, 1):
+        return ask.floats(ask.batch, time)
+    return ask.floats(ask.batch, time, int(channels))
 
 
 def _series_features(ask: _Ask) -> torch.Tensor:
@@ -320,7 +336,9 @@ def _series_mask(ask: _Ask) -> torch.Tensor:
 
 
 def _states(ask: _Ask) -> torch.Tensor | None:
-    """Vectors for models that read embeddings."""
+    """Vectors for models that read embeddings; for a tower that takes images of any size, its patches."""
+    if _is_required(ask, *_GRIDS):
+        return _patches(ask)
     width = ask.setting((), "hidden_size", "d_model")
     return ask.floats(ask.batch, ask.length, width) if isinstance(width, int) else None
 
@@ -352,6 +370,10 @@ _MAKERS: dict[str, Callable[[_Ask], Any]] = {
     "pixel_values": _images,
     "pixel_values_videos": _video,
     "grid_thw": _grid,
+    "image_grid_thw": _grid,
+    "merge_sizes": lambda ask: torch.tensor([int(ask.setting(_VISION, "spatial_merge_size", "merge_size") or 1)]),
+    "spatial_shapes": _spatial_shapes,
+    "pixel_attention_mask": _patch_mask,
     "flattened_patches": _flat_patches,
     "input_features": _spectrogram,
     "audio_mel": _spectrogram,
@@ -364,12 +386,13 @@ _MAKERS: dict[str, Callable[[_Ask], Any]] = {
     "hidden_states": _states,
     "inputs_embeds": _states,
     "encoder_hidden_states": _states,
+    "query_embeds": _states,
+    "latents": _states,
     "visual_feats": _region_features,
     "visual_embeds": _region_features,
     "visual_pos": _region_places,
     "inputs": _anything,
 }
-# ``hidden_states`` of a tower that takes images of any size are its patches.
 
 
 def _placeholder(ask: _Ask, part: str) -> int | None:
