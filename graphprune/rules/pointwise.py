@@ -21,7 +21,6 @@ def _is_dims(value: Any) -> bool:
     "pointwise",
     aten.to,
     aten._to_copy,
-    aten.type_as,
     aten.clone,
     aten.contiguous,
     aten.detach,
@@ -44,6 +43,7 @@ def _is_dims(value: Any) -> bool:
     aten.mish,
     aten.hardtanh,
     aten.hardtanh_,
+    aten.hardswish,
     aten.hardswish_,
     aten.hardsigmoid_,
     aten.relu_,
@@ -101,6 +101,12 @@ def _is_dims(value: Any) -> bool:
 def pointwise(r: Rule, *args: Any, **kwargs: Any) -> Dims:
     tensors = [a for a in (*args, *kwargs.values()) if _is_dims(a)]
     return r.broadcast(*tensors)
+
+
+@rule(aten.type_as)
+def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
+    """Only the dtype of ``other`` is looked at."""
+    return x
 
 
 @rule(aten.expand_as)

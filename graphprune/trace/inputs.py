@@ -422,6 +422,9 @@ def _add_placeholders(ask: _Ask) -> None:
             continue
         row = torch.full((ask.batch, features // ask.batch), token)
         ask.made[name] = value
+        if "token_type_ids" in ask.parameters:  # says which tokens are of an image
+            places = torch.cat([torch.zeros(ask.batch, 1), row == token, torch.zeros(ask.batch, ask.length - 1)], 1)
+            ask.made["token_type_ids"] = places.long()
         ask.made["input_ids"] = torch.cat([ask.made["input_ids"][:, :1], row, ask.made["input_ids"][:, 1:]], 1)
 
 
