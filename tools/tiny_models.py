@@ -42,7 +42,9 @@ _FIXED = re.compile(
     r"batch|cycles|ngram|layer_start|layer_end|queries|iters|num_classes|feature_layer|hop_length|n_fft|conv_cache|"
     r"d_conv|_step$|num_hashes|before$|after$|merge|tiles|temporal|shared_experts|hc_|num_feature|lags|expansion)"
 )
-_QUERIES = re.compile(r"(^|_)num_(object_)?queries($|_)|^num_query_tokens$|^query_length$|^num_latents$|^num_denoising$")
+_QUERIES = re.compile(
+    r"(^|_)num_(object_)?queries($|_)|^num_query_tokens$|^query_length$|^num_latents$|^num_denoising$"
+)
 # Lists of layers whose outputs are read; the stages of a backbone count as layers.
 _LAYER_PLACES = ("out_indices", "backbone_out_indices", "feature_layers", "deepstack_visual_indexes")
 _FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")

@@ -24,13 +24,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects."""
+    """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects.
+
+    The hooks of transformers itself stay: it collects hidden states by them, and backbones return those.
+    """
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     stash = [(module, kind, dict(getattr(module, kind))) for module in model.modules() for kind in kinds]
-    for module, kind, _ in stash:
-        getattr(module, kind).clear()
+    for module, kind, hooks in stash:
+        for number, hook in hooks.items():
+            if not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                del getattr(module, kind)[number]
     try:
         yield
     finally:
         for module, kind, hooks in stash:
+            getattr(module, kind).clear()
             getattr(module, kind).update(hooks)
