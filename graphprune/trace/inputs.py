@@ -92,7 +92,7 @@ class _Ask:
     def ints(self, end: int, *shape: int) -> torch.Tensor:
         return torch.randint(0, end, shape, generator=self.generator)
 
-    def has_layer(self, kind: type[nn.Module] | tuple[type[nn.Module], ...], channels: int) -> bool:
+    def has_layer(self, kind: type[nn.Conv1d], channels: int) -> bool:
         """Whether the first layer of this kind reads that many channels."""
         return next((m.in_channels == channels for m in self.model.modules() if isinstance(m, kind)), False)
 
@@ -290,8 +290,18 @@ def _spectrogram(ask: _Ask) -> torch.Tensor | None:
     return ask.floats(ask.batch, 16 * ask.length, mels)
 
 
-_MELS = ("num_mel_bins", "feature_size", "feature_projection_input_dim", "input_feat_per_channel", "input_feat_size")
-_MELS += ("input_dim", "mel_dim", "n_mels", "num_mels", "audio_mel_bins")
+_MELS = (
+    "num_mel_bins",
+    "feature_size",
+    "feature_projection_input_dim",
+    "input_feat_per_channel",
+    "input_feat_size",
+    "input_dim",
+    "mel_dim",
+    "n_mels",
+    "num_mels",
+    "audio_mel_bins",
+)
 
 
 def _sound(ask: _Ask) -> torch.Tensor:
