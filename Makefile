@@ -7,7 +7,7 @@ OUT ?= out/smollm2-pruned
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint bench setup clean
+.PHONY: demo test test-slow fuzz lint bench setup clean
 
 demo: setup $(MODEL)
 	rm -rf $(OUT)
@@ -19,6 +19,11 @@ test: setup $(MODEL)
 
 test-slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow
+
+FIRST ?= 0
+NETWORKS ?= 2000
+fuzz: setup
+	FIRST=$(FIRST) NETWORKS=$(NETWORKS) $(BIN)/python -m pytest tests/test_random_networks.py -k test_random_networks
 
 lint: setup
 	$(BIN)/ruff check .

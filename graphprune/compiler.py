@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 import graphprune.rules  # noqa: F401  (registers the rules)
@@ -22,6 +23,7 @@ from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
+from graphprune.trace.skeleton import names
 
 
 def compile(
@@ -46,6 +48,7 @@ def compile(
     seed: int = 0,
     verify: bool = True,
     inplace: bool = False,
+    emit: str = "module",
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Remove ``ratio`` of all parameters of ``model`` and return a smaller dense model of the same class.
@@ -68,13 +71,20 @@ def compile(
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
-        inner_axes: also prune inner factors of products, such as channels of every head.
+        inner_axes: also prune inner factors of products, such as channels of every head. Axes that stand by themselves
+            under each index of another, such as the query heads of a key head or the channels of batched experts, then
+            keep other indices under each (as many everywhere), where all share one choice otherwise.
         width: also prune axes that a norm or a mean is taken over, first of all the residual width that embeddings,
             norms and projections share. The statistic is then that of what is kept, in the pruned model as in the
             original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
         samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
+        emit: ``"module"`` for the same class, or ``"graph"`` for a :class:`torch.fx.GraphModule`, for models whose
+            Python cannot follow (axes pinned because "its size is given by the number …"). It takes and returns what
+            forward takes and returns for ``example_inputs``, and only that: shapes other than those of the pruned
+            axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
+            :func:`save`; its ``state_dict`` and ``torch.export`` can.
         progress: called with the name of every pass that starts.
 
     Returns:
@@ -85,7 +95,7 @@ def compile(
         GraphPruneError: for anything the user can act on; the model is then as it was.
     """
     start = time.perf_counter()
-    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last)
+    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, emit, inplace)
     options = Options(
         ratio=ratio,
         method=method,
@@ -104,6 +114,7 @@ def compile(
         length=length,
         verify=verify,
         inplace=inplace,
+        emit=emit,
     )
     program = _program(model, options, example_inputs)
     program.progress = progress
@@ -123,17 +134,21 @@ def compile(
 
 
 def inspect(
-    model: nn.Module, *, example_inputs: Any = None, inner_axes: bool = False, width: bool = False
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    inner_axes: bool = False,
+    width: bool = False,
+    emit: str = "module",
 ) -> Inspection:
     """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
 
-    ``print`` it to read it. ``example_inputs``, ``inner_axes`` and ``width`` as in
-    :func:`compile`.
+    ``print`` it to read it. ``example_inputs``, ``inner_axes``, ``width`` and ``emit`` as in :func:`compile`.
 
     Raises :class:`GraphPruneError` when the model cannot be traced.
     """
     _check_model(model)
-    program = _program(model, Options(inner_axes=inner_axes, width=width), example_inputs)
+    program = _program(model, Options(inner_axes=inner_axes, width=width, emit=emit), example_inputs)
     run_passes(program, pipelines.ANALYSE)
     return Inspection(program)
 
@@ -148,6 +163,8 @@ def _pipeline(program: Program, plan: Plan | None) -> tuple[Pass, ...]:
     front: tuple[Pass, ...] = pipelines.PLAN
     if plan is not None:
         front = (pipelines.PLAN[0], *pipelines.ANALYSE, replay_plan(plan), pipelines.PLAN[-1])
+    if options.emit == "graph":
+        return (*front, *(pipelines.EMIT_GRAPH[:1] if on_meta or not options.verify else pipelines.EMIT_GRAPH))
     if on_meta or not options.verify:
         return (*front, *pipelines.EMIT_UNVERIFIED)
     return (*front, *(pipelines.EMIT_IN_PLACE if options.inplace else pipelines.EMIT))
@@ -167,9 +184,23 @@ def _program(model: nn.Module, options: Options, example_inputs: Any) -> Program
 def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    for name, tensor in names(model).items():
+        if is_lazy(tensor):
+            raise GraphPruneError(
+                f"{name} has no shape yet: {type(model).__name__} builds its weights at the first forward. Run it once."
+            )
 
 
-def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_first: int, skip_last: int) -> None:
+def _check_arguments(
+    model: Any,
+    ratio: Any,
+    plan: Any,
+    round_to: int,
+    skip_first: int,
+    skip_last: int,
+    emit: str,
+    inplace: bool,
+) -> None:
     _check_model(model)
     if plan is not None:
         if not isinstance(plan, Plan):
@@ -182,6 +213,10 @@ def _check_arguments(model: Any, ratio: Any, plan: Any, round_to: int, skip_firs
         )
     if round_to < 1:
         raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
+    if emit not in ("module", "graph"):
+        raise GraphPruneError(f"emit is 'module' (the same class) or 'graph' (a torch.fx.GraphModule), not {emit!r}.")
+    if emit == "graph" and inplace:
+        raise GraphPruneError("emit='graph' makes a new module: inplace is for emit='module'.")
     if skip_first < 0 or skip_last < 0:
         raise GraphPruneError("skip_first and skip_last count blocks and cannot be negative.")
 

@@ -18,6 +18,7 @@ class Inspection:
         groups: every basic node group (:class:`graphprune.ir.program.NodeGroup`).
         prunable: those that may lose indices, in the order of the model.
         skipped: name of every other group → why not.
+        ragged: name of every group that may keep other indices under each index of another → name of that one.
         unruled: operator without a usable rule → the source lines it pinned.
     """
 
@@ -26,6 +27,7 @@ class Inspection:
         self.groups: list[NodeGroup] = program.need("groups")
         self.prunable: list[NodeGroup] = program.need("prunable")
         self.skipped: dict[str, str] = program.need("skipped")
+        self.ragged: dict[str, str] = program.need("ragged")
         self.unruled: dict[str, list[str]] = program.need("axes").unruled
 
     def dims(self, tensor: str) -> list[str]:
@@ -78,10 +80,13 @@ class Inspection:
     def _folded(self, groups: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[str]:
         """Groups that differ only in their block number are shown once, with a count."""
         lines = []
+        ragged = self.program.ragged_axes()
         for fold in fold_groups(groups, reason):
             times = f"  ×{len(fold.groups)}" if len(fold.groups) > 1 else ""
             why = f"  [{fold.reason}]" if fold.reason else ""
-            lines.append(f"  {fold.name}  size {fold.size}{times}{why}")
+            outer = ragged.get(find(fold.groups[0].axis))
+            each = f" in each of {outer.size}" if outer is not None else ""
+            lines.append(f"  {fold.name}  size {fold.size}{each}{times}{why}")
             lines += [f"      {member}" for member in fold.members[:_SHOWN]]
             if len(fold.members) > _SHOWN:
                 lines.append(f"      … {len(fold.members) - _SHOWN} more")

@@ -34,6 +34,7 @@ class Report:
         seconds: pass → seconds. total_seconds: of the whole call.
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
+        emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
     """
 
     parameters_before: int
@@ -49,6 +50,7 @@ class Report:
     total_seconds: float
     history: list[Report]
     base_config: Any
+    emitted: str = "module"
 
     @property
     def ratio(self) -> float:
@@ -56,9 +58,12 @@ class Report:
 
     def __str__(self) -> str:
         proof = "not verified" if self.oracle_error is None else f"oracle error {self.oracle_error:.1e}"
+        ragged = f" ({len(self.plan.under)} ragged)" if self.plan.under else ""
+        axes = f"{len(self.widths)} axes pruned{ragged}, {len(self.skipped)} left alone"
         return (
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
-            f"{len(self.widths)} axes pruned, {len(self.skipped)} left alone, {proof}, {self.total_seconds:.1f} s"
+            f"{axes}, {proof}, {self.total_seconds:.1f} s"
+            + (", as a graph for the shapes of the example inputs only" if self.emitted == "graph" else "")
         )
 
 
@@ -81,12 +86,13 @@ def make_report(
         plan=plan,
         oracle_error=program.oracle_error,
         skipped=dict(program.need("skipped")),
-        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        widths=plan.widths(),
         attributes={**(earlier.attributes if earlier else {}), **program.need("new_attributes")},
         seconds=seconds,
         total_seconds=total_seconds,
         history=[*earlier.history, earlier] if earlier else [],
         base_config=base_config,
+        emitted=program.options.emit,
     )
 
 

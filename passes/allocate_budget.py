@@ -31,10 +31,20 @@ def allocate_budget(program: Program) -> None:
     ranking = program.options.ranking
     if ranking not in RANKINGS:
         raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
-    scores: dict[str, torch.Tensor] = program.need("scores")
+    scores, choices = {}, {}
+    for name, values in program.need("scores").items():
+        if values.ndim == 2:
+            choices[name], values = _from_each_row(values)
+        scores[name] = values
     names = list(scores)
     keys = torch.cat([RANKINGS[ranking](scores[name].double()) for name in names] or [torch.zeros(0)])
     group = torch.cat([torch.full((len(scores[name]),), i) for i, name in enumerate(names)] or [torch.zeros(0).long()])
     index = torch.cat([torch.arange(len(scores[name])) for name in names] or [torch.zeros(0).long()])
     first_to_go = keys.argsort(stable=True)
-    program.order = Order(names, group[first_to_go], index[first_to_go])
+    program.order = Order(names, group[first_to_go], index[first_to_go], choices)
+
+
+def _from_each_row(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ragged axis: its k-th structure takes the k-th smallest of every row, and scores what these score together."""
+    in_order, choices = values.sort(dim=1, stable=True)
+    return choices, in_order.sum(0)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
-from graphprune.passes.rewrite import collect_slices, finish, like
+from graphprune.passes.rewrite import collect_slices, finish, like, sliced_shape
 from graphprune.trace.quiet import eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure
 
@@ -43,8 +43,7 @@ def _pruned_shapes(program: Program) -> nn.Module:
     slices = collect_slices(program)
 
     def shrunk(tensor: torch.Tensor) -> torch.Tensor:
-        keep = slices.get(id(tensor), {})
-        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
+        shape = sliced_shape(tensor, slices.get(id(tensor), {}))
         return like(tensor, torch.empty(shape, dtype=tensor.dtype, device="meta"))
 
     model = copy_structure(program.model, shrunk)

@@ -23,6 +23,11 @@ def check_weights(program: Program) -> None:
             "and quantise the result."
         )
     for name, parameter in program.model.named_parameters():
+        if parameter.is_complex():
+            raise GraphPruneError(
+                f"The parameter {name} is complex ({parameter.dtype}), and scores of complex weights are not defined. "
+                "Store it as real numbers (torch.view_as_real), and make it complex inside forward."
+            )
         if parameter.dtype not in _FLOATS or type(parameter.data) is not torch.Tensor:
             kind = type(parameter.data).__name__
             raise GraphPruneError(

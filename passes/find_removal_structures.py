@@ -35,8 +35,10 @@ def _reason_to_skip(group: NodeGroup, program: Program, parameters: set[str], sp
     options = program.options
     if group.pins:
         return "pinned: " + group.pins[0]
-    if group.size == 1:
-        return "has one index only"
+    if group.size <= 1:
+        return "has one index only" if group.size else "is empty"
+    if group.size <= group.minimum:
+        return f"forward does something else with fewer than {group.minimum}"
     if not any(member.tensor in parameters for member in group.members):
         return "no parameter lies on it"
     if not group.outer and not options.inner_axes:

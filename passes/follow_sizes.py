@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphprune.errors import GraphPruneError
+from graphprune.ir.axes import Axis, find
 from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 
@@ -10,7 +11,12 @@ from graphprune.passes.base import compiler_pass
 @compiler_pass(requires=("plan", "attributes"), ensures=("new_attributes",))
 def follow_sizes(program: Program) -> None:
     """Evaluate every attribute's polynomial at the sizes that the plan leaves."""
-    size = program.new_size(program.keep_masks())
+    selection = program.selection()
+
+    def size(axis: Axis) -> int:
+        kept = selection.get(find(axis))
+        return axis.size if kept is None else kept.count
+
     program.new_attributes = {}
     for attribute, polynomial in program.need("attributes").items():
         value = polynomial.value(size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Misaligned, Pin, leaves, pin
+from graphprune.ir.axes import Misaligned, Pin, leaves, pin, unify
 from graphprune.ir.program import AxisMap, Program
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, concrete, dims_of, find_rule, is_stand_in
@@ -26,12 +27,18 @@ def infer_axes(program: Program) -> None:
     found: Trace = program.need("trace")
     canonical, tensors = _tensor_dims(program)
     axes = AxisMap({}, tensors, canonical, Facts())
+    for name in canonical:
+        if (reason := found.opaque.hides(name)) is not None:
+            _pin_all(tensors[canonical[name]], Pin(f"inside a module that cannot be traced: {reason}"))
     width = program.options.width
     for node in found.graph.nodes:
         if node.op == "placeholder":
             axes.values[node] = _placeholder(found, axes, node)
         elif node.op == "call_function":
             axes.values[node] = _call(found, axes, node, width)
+    for name, node in found.rebound.items():
+        for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
+            unify(axis, other)
     for node in found.outputs:
         _pin_all(axes.values[node], Pin("model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
@@ -72,6 +79,9 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
     if not _has_tensors(value):
         return None
     args, kwargs = found.sized_args.get(node, (node.args, dict(node.kwargs)))
+    if node.target is torch.ops.graphprune.opaque.default:
+        return _hidden(found, axes, node)
+    kwargs, targets = _split_off_targets(node, kwargs)
     rule = find_rule(node.target)
     speaker = Rule(node, axes.facts, source_line, width)
     out = None
@@ -86,14 +96,25 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node, width: bool) -> Any:
             problem = "has a rule that does not cover this form of it"
         except _UNREADABLE as error:
             problem = f"has a rule that cannot read this call ({type(error).__name__}: {error})"
-    if out is None or not _fits(out, value):
+    if out is None or not _fits(out, value) or not all(_fits(out, target.meta["val"]) for target in targets):
         return _unknown(axes, node, args, kwargs, problem)
     _pin_unknown_sizes(out)
+    for target in targets:
+        for axis, other in zip(out, axes.values[target], strict=True):
+            speaker.same(axis, other)
     for size in _sizes((args, kwargs)):
         if id(size) not in speaker.sizes_used:
             # Used as a number, not as a size: what it stands for must keep its value.
             axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), source_line(node)))
     return out
+
+
+def _split_off_targets(node: fx.Node, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[fx.Node]]:
+    """The keyword arguments without those that only receive the result (``out=``), and the nodes of these."""
+    schema = getattr(node.target, "_schema", None)
+    written = {a.name for a in schema.arguments if a.kwarg_only and a.is_write} if schema is not None else set()
+    targets = [kwargs[name] for name in written if isinstance(kwargs.get(name), fx.Node)]
+    return {name: value for name, value in kwargs.items() if name not in written}, targets
 
 
 def _number(value: int) -> Any:
@@ -140,11 +161,20 @@ def _fits(out: Any, value: Any) -> bool:
     return bool(pairs) and all(v is None or _fits(o, v) for o, v in pairs)
 
 
-def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str) -> Any:
-    name = str(node.target)
+def _hidden(found: Trace, axes: AxisMap, node: fx.Node) -> Any:
+    """A call of an opaque module."""
+    path = found.opaque.calls[str(node.args[2])].path
+    inside = [dims for name, dims in axes.tensors.items() if name.startswith(f"{path}.")]
+    numbers = sum(math.prod(axis.size for axis in dims) for dims in inside)
+    problem = f"cannot be traced; the {numbers:,} numbers it holds are pinned ({found.opaque.why[path]})"
+    return _unknown(axes, node, node.args[0], {}, problem, f"module {path}")
+
+
+def _unknown(axes: AxisMap, node: fx.Node, args: Any, kwargs: Any, problem: str, name: str = "") -> Any:
+    name = name or f"operator {node.target}"
     where = source_line(node)
-    axes.unruled.setdefault(f"{name} {problem}", []).append(where)
-    why = Pin(f"operator {name} {problem}", where)
+    axes.unruled.setdefault(f"{name.removeprefix('operator ')} {problem}", []).append(where)
+    why = Pin(f"{name} {problem}", where)
     for source in node.all_input_nodes:
         _pin_all(axes.values[source], why)
     for size in _sizes((args, kwargs)):

@@ -7,6 +7,8 @@ from graphprune.passes.base import Pass
 from graphprune.passes.build_node_groups import build_node_groups
 from graphprune.passes.check_cached_sizes import check_cached_sizes
 from graphprune.passes.check_weights import check_weights
+from graphprune.passes.emit_graph import emit_graph
+from graphprune.passes.find_ragged_axes import find_ragged_axes
 from graphprune.passes.find_removal_structures import find_removal_structures
 from graphprune.passes.follow_sizes import follow_sizes
 from graphprune.passes.infer_axes import infer_axes
@@ -17,8 +19,16 @@ from graphprune.passes.solve_sizes import solve_sizes
 from graphprune.passes.trace_model import trace_model
 from graphprune.passes.verify import verify, verify_before_rewrite
 
-ANALYSE: tuple[Pass, ...] = (trace_model, infer_axes, solve_sizes, build_node_groups, find_removal_structures)
+ANALYSE: tuple[Pass, ...] = (
+    trace_model,
+    infer_axes,
+    solve_sizes,
+    build_node_groups,
+    find_ragged_axes,
+    find_removal_structures,
+)
 PLAN: tuple[Pass, ...] = (check_weights, *ANALYSE, score, allocate_budget, select_structures, follow_sizes)
 EMIT: tuple[Pass, ...] = (check_cached_sizes, rewrite, verify)
+EMIT_GRAPH: tuple[Pass, ...] = (emit_graph, verify)
 EMIT_IN_PLACE: tuple[Pass, ...] = (check_cached_sizes, verify_before_rewrite, rewrite)
 EMIT_UNVERIFIED: tuple[Pass, ...] = (check_cached_sizes, rewrite)

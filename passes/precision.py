@@ -40,6 +40,8 @@ class _Running(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self.dtype is not None and func in _CASTS:
+            return self._convert(args[0]).to(self.dtype)
         if func not in _METADATA:
             # What an in-place operator writes to must stay the tensor it is.
             first = 1 if _writes_first(func) else 0
@@ -61,6 +63,9 @@ class _Running(TorchFunctionMode):
         return value
 
 
+# Conversions that name their dtype themselves.
+_CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16}
+
 # Asked often, and the same for a tensor and its substitute: not worth a conversion.
 _METADATA = {
     torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
@@ -75,4 +80,9 @@ _METADATA = {
 
 def _writes_first(func: Any) -> bool:
     name = str(getattr(func, "__name__", "")).partition(".")[0]
-    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+    return name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+
+
+# ``x[i] = y``, ``x.data = y`` and ``x += y`` with its like.
+_IN_PLACE = "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul"
+_ASSIGNMENTS = {"__setitem__", "__set__"} | {f"__i{name}__" for name in _IN_PLACE.split(" ")}

@@ -14,7 +14,7 @@ def replay_plan(plan: Plan) -> Pass:
     Raises :class:`GraphPruneError` when the plan was made for another architecture or touches a pinned axis.
     """
 
-    @compiler_pass(requires=("groups",), ensures=("plan",))
+    @compiler_pass(requires=("groups", "ragged"), ensures=("plan",))
     def replay_plan(program: Program) -> None:
         groups = {group.name: group for group in program.need("groups")}
         for name, size in plan.sizes.items():
@@ -27,6 +27,22 @@ def replay_plan(plan: Plan) -> Pass:
                 )
             if group.pins:
                 raise GraphPruneError(f"The plan prunes {name!r}, which is pinned here: {group.pins[0]}.")
+            if name in plan.under:
+                _check_outer(program, plan, name)
         program.plan = plan
 
     return replay_plan
+
+
+def _check_outer(program: Program, plan: Plan, name: str) -> None:
+    outer, rows = plan.under[name], len(plan.keep[name])
+    possible = program.need("ragged").get(name)
+    if possible != outer:
+        here = "one choice for all" if possible is None else f"choices under {possible!r}"
+        raise GraphPruneError(
+            f"The plan chooses indices of {name!r} under each index of {outer!r}; in {type(program.model).__name__} "
+            f"this axis has {here}."
+        )
+    size = next(group.size for group in program.need("groups") if group.name == outer)
+    if rows != size:
+        raise GraphPruneError(f"The plan has {rows} choices of {name!r}, but {outer!r} has {size} indices.")

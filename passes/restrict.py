@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.program import Program, dim_mask
+from graphprune.ir.program import Program
+from graphprune.ir.selection import mask_of
 
 Kept = dict[int, torch.Tensor]  # dimension of the first operand → its kept indices, int64, sorted
 aten = torch.ops.aten
@@ -24,11 +25,12 @@ aten = torch.ops.aten
 def kept_indices(program: Program) -> dict[fx.Node, Kept]:
     """What is kept of the first operand of every operator whose statistic follows its axis."""
     axes = program.need("axes")
-    masks = program.keep_masks()
+    selection = program.selection()
     found: dict[fx.Node, Kept] = {}
     for node in axes.facts.statistics:
-        dims = enumerate(axes.values[node.args[0]])
-        kept = {dim: mask.nonzero().flatten() for dim, axis in dims if (mask := dim_mask(axis, masks)) is not None}
+        dims = axes.values[node.args[0]]
+        masks = {dim: mask_of(dims, dim, selection) for dim in range(len(dims))}
+        kept = {dim: mask.flatten().nonzero().flatten() for dim, mask in masks.items() if mask is not None}
         if kept:
             found[node] = kept
     return found

@@ -12,12 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from graphprune.ir.program import Program, dim_mask
+from graphprune.ir.program import Program
+from graphprune.ir.selection import index_of
 from graphprune.passes.base import compiler_pass
 from graphprune.trace.provenance import set_attribute
 from graphprune.trace.skeleton import copy_structure, names, tensors
 
-Keep = dict[int, torch.Tensor]  # dimension → kept indices, int64, sorted
+# Dimension → the old index of every new one, int64 with as many dimensions as the tensor. Its size is 1 in all others,
+# unless the axis is ragged and what is kept depends on the place in another dimension.
+Keep = dict[int, torch.Tensor]
 Slices = dict[int, Keep]  # id of a tensor of the model → what to keep of it
 
 
@@ -48,16 +51,16 @@ def finish(program: Program, model: nn.Module) -> None:
 def collect_slices(program: Program) -> Slices:
     """The kept indices of every sliced dimension: pass 1 the primary ones, pass 2 the secondary ones."""
     axes = program.need("axes")
-    masks = program.keep_masks()
+    selection = program.selection()
     consumed = {(m.tensor, m.dim) for group in program.need("groups") for m in group.members if m.consumes}
     held = names(program.model)
     slices: Slices = {}
 
     def collect(wanted: Callable[[str, int], bool]) -> None:
         for name, dims in axes.tensors.items():
-            for dim, axis in enumerate(dims):
-                if wanted(name, dim) and (mask := dim_mask(axis, masks)) is not None:
-                    slices.setdefault(id(held[name]), {})[dim] = mask.nonzero().flatten()
+            for dim in range(len(dims)):
+                if wanted(name, dim) and (index := index_of(dims, dim, selection)) is not None:
+                    slices.setdefault(id(held[name]), {})[dim] = index
 
     collect(lambda name, dim: (name, dim) not in consumed)
     collect(lambda name, dim: (name, dim) in consumed)
@@ -69,10 +72,23 @@ def sliced(tensor: torch.Tensor, keep: Keep) -> torch.Tensor:
     out = tensor.detach()
     if not keep:
         return out.clone()
+    plain = [dim for dim, index in keep.items() if index.numel() == index.shape[dim]]
     # The dimension that loses most first, so that what lies between is small.
-    for dim in sorted(keep, key=lambda d: len(keep[d]) / tensor.shape[d]):
-        out = out.index_select(dim, keep[dim].to(out.device))
-    return out
+    for dim in sorted(plain, key=lambda d: keep[d].shape[d] / tensor.shape[d]):
+        out = out.index_select(dim, keep[dim].flatten().to(out.device))
+    if len(plain) == len(keep):
+        return out
+    shape = sliced_shape(tensor, keep)
+    places = []
+    for dim, size in enumerate(shape):
+        place = torch.arange(size).view([-1 if d == dim else 1 for d in range(len(shape))])
+        places.append((place if dim in plain else keep.get(dim, place)).to(out.device))
+    return out[tuple(places)]
+
+
+def sliced_shape(tensor: torch.Tensor, keep: Keep) -> list[int]:
+    """The shape that :func:`sliced` leaves."""
+    return [keep[dim].shape[dim] if dim in keep else size for dim, size in enumerate(tensor.shape)]
 
 
 def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, inner_width, leaves
-from graphprune.ir.plan import Plan
+from graphprune.ir.plan import Keep, Plan
 from graphprune.ir.program import NodeGroup, Order, Program
 from graphprune.ir.sizes import Polynomial
 from graphprune.passes.base import compiler_pass
@@ -30,16 +30,26 @@ def select_structures(program: Program) -> None:
     if reachable < wanted:
         raise _unreachable(program, reachable / counter.total)
     removed = _fill(counter, blocks, blocks.longest_prefix(counter, wanted), wanted)
-    keep, sizes = {}, {}
+    keep: dict[str, Keep] = {}
+    sizes, under = {}, {}
     for group in program.need("prunable"):
         count = removed.get(group.name, 0)
         if count:
-            kept = torch.ones(group.size, dtype=torch.bool)
-            kept[blocks.removed_from(group.name, count)] = False
-            keep[group.name] = kept.nonzero().flatten().tolist()
+            keep[group.name] = _kept(blocks.removed_from(group.name, count), group.size)
             sizes[group.name] = group.size
-    reached = 1 - counter.count({name: sizes[name] - len(kept) for name, kept in keep.items()}) / counter.total
-    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width)
+            if group.name in blocks.choices:
+                under[group.name] = program.need("ragged")[group.name]
+    reached = 1 - counter.count(removed) / counter.total
+    program.plan = Plan(reached, keep, sizes, dict(program.need("skipped")), options.method, options.width, under)
+
+
+def _kept(removed: torch.Tensor, size: int) -> Keep:
+    """What is left of ``range(size)``; of several rows of removed indices, row by row."""
+    if removed.ndim == 2:
+        return [_kept(row, size) for row in removed]  # type: ignore[misc]
+    kept = torch.ones(size, dtype=torch.bool)
+    kept[removed] = False
+    return kept.nonzero().flatten().tolist()
 
 
 class ParameterCounter:
@@ -89,6 +99,7 @@ class _Blocks:
     def __init__(self, program: Program, round_to: int):
         order: Order = program.need("order")
         self.names = order.names
+        self.choices = order.choices
         groups = {group.name: group for group in program.need("prunable")}
         self.steps = {name: _steps(groups[name], program, round_to) for name in order.names}
         self.indices: dict[str, torch.Tensor] = {}
@@ -101,7 +112,9 @@ class _Blocks:
         self.queue = order.group[is_end]
 
     def removed_from(self, name: str, count: int) -> torch.Tensor:
-        return self.indices[name][:count]
+        """The first ``count`` indices to go; of a ragged group one row of them per outer index."""
+        first = self.indices[name][:count]
+        return self.choices[name][:, first] if name in self.choices else first
 
     def prefix(self, length: int) -> dict[str, int]:
         """Indices removed per group by the first ``length`` blocks."""
@@ -135,7 +148,7 @@ def _steps(group: NodeGroup, program: Program, round_to: int) -> list[int]:
     for member in group.members if round_to > 1 else ():
         inner = inner_width(tensors[member.tensor][member.dim], find(group.axis))
         unit = math.lcm(unit, round_to // math.gcd(round_to, inner))
-    return [gone for gone in range(1, group.size) if (group.size - gone) % unit == 0]
+    return [gone for gone in range(1, group.size - group.minimum + 1) if (group.size - gone) % unit == 0]
 
 
 def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:

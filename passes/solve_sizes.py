@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graphprune.ir.axes import Axis, Pin, pin
-from graphprune.ir.program import Program
+from graphprune.ir.axes import Axis, Pin, find, pin
+from graphprune.ir.program import AxisMap, Program
 from graphprune.ir.sizes import Polynomial, disagreement
 from graphprune.passes.base import compiler_pass
+from graphprune.passes.emit_graph import rewrite_of
 from graphprune.rules.registry import SizeUse
 from graphprune.trace.provenance import Attribute, Combined, Dim, Expr, get_attribute
 
 Solution = dict[Attribute, Polynomial]
+_COMPARISONS = ("==", "<", "<=")
 
 
 @compiler_pass(requires=("axes",), ensures=("attributes",))
@@ -29,6 +31,8 @@ def solve_sizes(program: Program) -> None:
             pin(axis, why)
         if not clashes:
             break
+    axes: AxisMap = program.need("axes")
+    axes.more_than_one = {find(leaf) for leaf in solver.more_than_one}
     program.attributes = {name: size for name, size in solution.items() if size.symbols()}
 
 
@@ -44,11 +48,18 @@ class _Solver:
         self.equal_sizes = axes.facts.equal_sizes
         self.call_outputs = trace.call_outputs
         self.escapes = trace.escapes
+        self.more_than_one: set[Axis] = set()  # forward does something else when one index is left
+        self.in_graph = program.options.emit == "graph"
+        if self.in_graph:  # every number stands by itself there: what is no size keeps its value
+            self.escapes = []
+            self.uses = [use for use in self.uses if use.node is not None and rewrite_of(use.node.target) is None]
         self._old: dict[Attribute, Polynomial] = {}
 
     def solve(self) -> Solution:
         """Attributes that stand alone first, then those inside a sum or product with known ones."""
         solution: Solution = {}
+        if self.in_graph:
+            return solution
         compound = []
         for use in self.uses:
             if isinstance(use.expr, Attribute):
@@ -61,7 +72,18 @@ class _Solver:
                 found = self._invert(use.expr, unknown[0], Polynomial.of(use.axis), solution)
                 if found is not None:
                     solution[unknown[0]] = found
+        for escape in self.escapes:
+            self._solve_equality(escape.expr, solution)
         return solution
+
+    def _solve_equality(self, expr: Expr, solution: Solution) -> None:
+        """An attribute that is only compared (``assert x.shape[-1] == self.width``) follows what it is equal to."""
+        if isinstance(expr, Combined) and expr.op == "==":
+            for mine, other in ((expr.left, expr.right), (expr.right, expr.left)):
+                if isinstance(mine, Attribute) and mine not in solution:
+                    size = self.evaluate(other, solution)
+                    if size is not None and size.value(_full_size) == self._old_value(mine).value(_no_symbols):
+                        solution[mine] = size
 
     def clashes(self, solution: Solution) -> Iterator[tuple[Axis, Pin]]:
         """Every leaf that must be pinned for all equations to hold, with the reason."""
@@ -70,7 +92,8 @@ class _Solver:
             have = self.evaluate(use.expr, solution)
             if have is None:
                 yield from (
-                    (axis, Pin(f"its size is computed as {show(use.expr)}", use.where)) for axis in want.symbols()
+                    (axis, Pin(f"its size is computed as {show(use.expr)}", use.where))
+                    for axis in want.symbols() | self.symbols(use.expr, solution)
                 )
             elif have != want:
                 what = f"the number {use.expr}" if isinstance(use.expr, int) else show(use.expr)
@@ -82,10 +105,36 @@ class _Solver:
                 why = Pin("split into equal parts that need not stay equal", where)
                 yield from ((axis, why) for axis in disagreement(sizes[0], size))
         for escape in self.escapes:
-            have = self.evaluate(escape.expr, solution)
-            if have is not None:
-                why = Pin(f"the number {show(escape.expr)} enters the computation", escape.where)
-                yield from ((axis, why) for axis in have.symbols())
+            if isinstance(escape.expr, Combined) and escape.expr.op in _COMPARISONS:
+                what, axes = f"forward asks whether {show(escape.expr)}", self._deciding(escape.expr, solution)
+            else:
+                what, axes = (
+                    f"the number {show(escape.expr)} enters the computation",
+                    self.symbols(escape.expr, solution),
+                )
+            yield from ((axis, Pin(what, escape.where)) for axis in axes)
+
+    def _deciding(self, expr: Combined, solution: Solution) -> set[Axis]:
+        """The leaves whose pruning could change what a comparison says."""
+        left, right = self.evaluate(expr.left, solution), self.evaluate(expr.right, solution)
+        if left is None or right is None:
+            return self.symbols(expr, solution)
+        difference = left - right
+        if _is_decided(expr.op, *difference.bounds()):
+            return set()
+        if _is_decided(expr.op, *difference.bounds(2)):  # only the last index matters: ``groups == 1``
+            self.more_than_one |= difference.symbols()
+            return set()
+        return disagreement(left, right) if expr.op == "==" else (left - right).symbols()
+
+    def symbols(self, expr: Expr, solution: Solution) -> set[Axis]:
+        """The leaves that the value of an expression depends on, also where it is no polynomial."""
+        have = self.evaluate(expr, solution)
+        if have is not None:
+            return have.symbols()
+        if isinstance(expr, Combined):
+            return self.symbols(expr.left, solution) | self.symbols(expr.right, solution)
+        return set()
 
     def evaluate(self, expr: Expr, solution: Solution) -> Polynomial | None:
         """The polynomial an expression will have after pruning, or None if it is none."""
@@ -98,10 +147,12 @@ class _Solver:
         left, right = self.evaluate(expr.left, solution), self.evaluate(expr.right, solution)
         if left is None or right is None:
             return None
-        if expr.op == "//":
+        if expr.op in ("//", "%"):
             if not left.symbols() and not right.symbols():
-                return Polynomial.constant(left.value(_no_symbols) // right.value(_no_symbols))
-            return left.divide(right)
+                a, b = left.value(_no_symbols), right.value(_no_symbols)
+                return Polynomial.constant(a // b if expr.op == "//" else a % b)
+            quotient = left.divide(right)
+            return quotient if expr.op == "//" or quotient is None else Polynomial.constant(0)
         return {"+": left.__add__, "-": left.__sub__, "*": left.__mul__}[expr.op](right)
 
     def _dim(self, expr: Dim) -> Polynomial | None:
@@ -143,15 +194,26 @@ class _Solver:
             if quotient is None:
                 return None
             value = quotient
-        elif in_left:  # unknown // other == value, exactly
+        elif expr.op == "//" and in_left:  # unknown // other == value, exactly
             value = value * other
         else:
             return None
         return self._invert(inside, unknown, value, solution)
 
 
+def _is_decided(comparison: str, low: int, high: int) -> bool:
+    """Whether a difference between ``low`` and ``high`` always compares with zero alike."""
+    if comparison == "==":
+        return low == high == 0 or low > 0 or high < 0
+    return high < 0 or low >= 0 if comparison == "<" else high <= 0 or low > 0
+
+
 def _no_symbols(axis: Axis) -> int:
     raise AssertionError("a constant polynomial has no symbols")
+
+
+def _full_size(axis: Axis) -> int:
+    return axis.size
 
 
 def _attributes(expr: Expr) -> list[Attribute]:

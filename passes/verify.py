@@ -11,22 +11,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_map_only
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis
-from graphprune.ir.program import Program, dim_mask
+from graphprune.ir.program import Program
+from graphprune.ir.selection import mask_of
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
-from graphprune.passes.rewrite import collect_slices, finish, like, sliced
+from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.rules.registry import Contraction
+from graphprune.trace.backends import use_portable
 from graphprune.trace.export import Trace, output_tensors
-from graphprune.trace.quiet import eval_mode, without_hooks
-from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.quiet import seeded, without_autocast, without_hooks
+from graphprune.trace.skeleton import copy_structure, names, scratch_copy
 
 # Largest difference allowed, relative to the largest output: rounding of the dtype that both are computed in.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -51,8 +55,8 @@ def verify_before_rewrite(program: Program) -> None:
         keep = slices.get(id(tensor))
         if keep is None:
             return tensor
-        shape = [len(keep[d]) if d in keep else n for d, n in enumerate(tensor.shape)]
-        made = like(tensor, torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(shape))
+        nothing = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
+        made = like(tensor, nothing.expand(sliced_shape(tensor, keep)))
         substitutes[id(made)] = lambda _: sliced(tensor, keep)
         return made
 
@@ -74,7 +78,8 @@ def _prove(program: Program, model: nn.Module, substitutes: dict[int, Substitute
     _check_trace(program)
     raise GraphPruneError(
         f"The pruned {type(model).__name__} does not compute what the masked original computes: in float64 the largest "
-        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model. "
+        f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model, or "
+        "its forward uses a size where nothing can follow it (as text, as a key, as an index of a list, in numpy). "
         "Nothing was changed; please report it with the output of graphprune.inspect(model)."
     )
 
@@ -105,11 +110,20 @@ def _precision(program: Program, wanted: torch.dtype) -> torch.dtype | None:
 def model_outputs(
     program: Program, model: nn.Module, dtype: torch.dtype, substitutes: dict[int, Substitute]
 ) -> list[torch.Tensor]:
-    """What ``model`` returns for the example inputs, in eval mode and computed in ``dtype``; its state is restored."""
-    args, kwargs = program.inputs
+    """What ``model`` returns for the example inputs, in eval mode and computed in ``dtype``; its state stays."""
+    own = _own_copy(_precision(program, dtype))
+
+    def clone(tensor: torch.Tensor) -> torch.Tensor:
+        substitute = substitutes.get(id(tensor))
+        return own(tensor if substitute is None else substitute(tensor))
+
+    args, kwargs = tree_map_only(torch.Tensor, own, program.inputs)
     try:
-        with eval_mode(model), without_hooks(model), running_in(_precision(program, dtype), substitutes):
-            return output_tensors(model(*args, **kwargs))
+        written = program.need("trace").written & set(names(model))
+        scratch = scratch_copy(model, written, clone)
+        use_portable(scratch, tracing=False)
+        with without_hooks(scratch), _quietly(program, dtype, substitutes):
+            return output_tensors(scratch(*args, **kwargs))
     except Exception as error:
         raise GraphPruneError(
             f"The pruned {type(model).__name__} does not run: {type(error).__name__}: {error}. "
@@ -117,37 +131,60 @@ def model_outputs(
         ) from error
 
 
+def _own_copy(dtype: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Copies what forward may write to, in the dtype that is computed in: a view of it is then no conversion."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)
+
+    return copy
+
+
+@contextmanager
+def _quietly(program: Program, dtype: torch.dtype, substitutes: dict[int, Substitute] | None = None) -> Iterator[None]:
+    """What both sides run in: the same precision, no autocast, the same random numbers."""
+    with torch.no_grad(), seeded(), without_autocast(), running_in(_precision(program, dtype), substitutes):
+        yield
+
+
 def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
     """The outputs of the masked original on the example inputs, computed in ``dtype``."""
     found: Trace = program.need("trace")
     held = names(program.model)
+    own = _own_copy(_precision(program, dtype))
+    copies = {id(held[name]): own(held[name]) for name in found.written}  # one for all names of a tied tensor
     given = iter(found.inputs)
     arguments: list[Any] = []
     for node in found.graph.nodes:
         if node.op != "placeholder":
             continue
         if node.name in found.tensor_names:
-            arguments.append(held[found.tensor_names[node.name]].detach())
+            tensor = held[found.tensor_names[node.name]]
+            arguments.append(copies.get(id(tensor), tensor.detach()))
         elif node.name in found.constants:
-            arguments.append(found.constants[node.name])
+            arguments.append(own(found.constants[node.name]))
         else:
-            arguments.append(next(given))
-    with torch.no_grad(), running_in(_precision(program, dtype)):
-        return _Masked(program).run_outputs(arguments)
+            arguments.append(own(next(given)))
+    real = scratch_copy(program.model, found.written, own) if found.opaque.why else nn.Identity()
+    use_portable(real, tracing=False)
+    with without_hooks(real), _quietly(program, dtype):
+        return _Masked(program, real).run_outputs(arguments)
 
 
 class _Masked(fx.Interpreter):
     """Runs the graph with the keep-mask of every contracted dimension applied to its operand."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, real: nn.Module):
+        """``real`` is the original, to run opaque modules of if there are any."""
         trace, axes = program.need("trace"), program.need("axes")
         super().__init__(trace.module)
         self._outputs = trace.outputs
-        keep = program.keep_masks()
+        self._opaque = trace.opaque
+        self._real = real
+        selection = program.selection()
         self._masks: dict[fx.Node, list[tuple[Contraction, torch.Tensor]]] = {}
         for contraction in axes.facts.contractions:
-            axis: Axis = axes.values[contraction.operand][contraction.dim]
-            mask = dim_mask(axis, keep)
+            mask = mask_of(axes.values[contraction.operand], contraction.dim, selection)
             if mask is not None:
                 self._masks.setdefault(contraction.node, []).append((contraction, mask))
         self._kept_indices = kept_indices(program)
@@ -173,6 +210,12 @@ class _Masked(fx.Interpreter):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is torch.ops.graphprune.enter.default:
             return list(args[0])
+        if target is torch.ops.aten.view.default:
+            # The trace was of fake tensors, whose fused attention may lay its output out otherwise than the real one.
+            target = torch.ops.aten.reshape.default
+        if target is torch.ops.graphprune.opaque.default:
+            call = self._opaque.calls[args[2]]
+            return call.run(self._real.get_submodule(call.path), args[0])
         return super().call_function(target, args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
@@ -182,24 +225,22 @@ class _Masked(fx.Interpreter):
             for contraction, mask in self._masks[n]:
                 arg, item = contraction.arg, contraction.item
                 if item is None:
-                    operands[arg] = _masked(operands[arg], contraction.dim, mask)
+                    operands[arg] = _masked(operands[arg], mask)
                 else:
                     of_list = list(operands[arg])
-                    of_list[item] = _masked(of_list[item], contraction.dim, mask)
+                    of_list[item] = _masked(of_list[item], mask)
                     operands[arg] = of_list
             args = tuple(operands)
         return args, kwargs
 
 
+def _masked(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``x`` with zeros where ``mask`` keeps nothing, also where that is NaN or infinite."""
+    return x.masked_fill(~mask.to(x.device), 0)
+
+
 # The traced graph states dtypes and devices that hold for the traced inputs; the run repeats them anyway.
 _NO_OPERATION = {torch.ops.aten._assert_tensor_metadata.default}
-
-
-def _masked(x: torch.Tensor, dim: int, mask: torch.Tensor) -> torch.Tensor:
-    """``x`` with removed indices of one dimension set to zero (also where they are NaN or infinite)."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return x.masked_fill(~mask.to(x.device).view(shape), 0)
 
 
 def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:

@@ -144,28 +144,42 @@ def plan_removing(gone: dict[str, tuple[int, list[int]]], width: bool = False) -
 def check_every_axis(model: nn.Module, inputs: Any = None, *, together: bool = True, width: bool = False) -> list[str]:
     """Remove one or two random indices of every prunable axis, one axis at a time; the oracle must hold each time.
 
-    Sharper than a ratio: an axis that should have been pinned cannot hide behind the others. ``together`` also
-    removes from all axes at once, through the public ``compile``. The names of the axes are returned.
+    Sharper than a ratio: an axis that should have been pinned cannot hide behind the others. A ragged axis also loses
+    other indices under every outer one. ``together`` also removes from all axes at once, through the public
+    ``compile``. The names of the axes are returned.
     """
     generator = torch.Generator().manual_seed(len(list(model.parameters())))
     program = analyse(model, inputs, width=width)
     exact = all(parameter.dtype == torch.float64 for parameter in model.parameters())
     limit = 1e-9 if exact else 1e-4  # a model in float64 shows smaller errors than compile asks about
-    gone = {}
+    sizes = {group.name: group.size for group in program.need("groups")}
+    everything = Plan(0.0, width=width)
+
+    def check(plan: Plan, name: str) -> None:
+        run_passes(program, (replay_plan(plan), follow_sizes, *pipelines.EMIT))
+        assert program.need("oracle_error") <= limit, name
+        everything.keep[name], everything.sizes[name] = plan.keep[name], plan.sizes[name]
+        everything.under |= plan.under
+
     for group in program.need("prunable"):
         how_many = 2 if group.size > 3 else 1
-        removed = torch.randperm(group.size, generator=generator)[:how_many].tolist()
-        gone[group.name] = (group.size, removed)
-        plan = plan_removing({group.name: gone[group.name]})
-        run_passes(program, (replay_plan(plan), follow_sizes, *pipelines.EMIT))
-        assert program.need("oracle_error") <= limit, group.name
-    if together and gone:
-        pruned = graphprune.compile(model, plan=plan_removing(gone, width), example_inputs=inputs)
+
+        def some(size: int = group.size, how_many: int = how_many) -> list[int]:
+            return torch.randperm(size, generator=generator)[:how_many].tolist()
+
+        check(plan_removing({group.name: (group.size, some())}, width), group.name)
+        outer = program.need("ragged").get(group.name)
+        if outer is not None:
+            rows = [sorted(set(range(group.size)) - set(some())) for _ in range(sizes[outer])]
+            ragged = Plan(0.0, {group.name: rows}, {group.name: group.size}, width=width, under={group.name: outer})
+            check(ragged, group.name)
+    if together and everything.keep:
+        pruned = graphprune.compile(model, plan=everything, example_inputs=inputs)
         report = graphprune.report(pruned)
         assert report.oracle_error is not None
         assert report.oracle_error <= limit
         assert report.parameters_after < report.parameters_before
-    return list(gone)
+    return list(everything.keep)
 
 
 def prunable(model: nn.Module, inputs: Any = None) -> dict[str, int]:

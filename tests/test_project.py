@@ -24,6 +24,7 @@ WORDS = {
     "beam",  # a kind of search
     "bit",  # of a number
     "clip",  # an operator of torch
+    "codegen",  # torch.fx: how a graph becomes Python
     "dots",  # in names
     "git",  # version control
     "led",  # English: "can be led back to"

@@ -56,6 +56,8 @@ def save(
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
     done = report(model)
+    if done.emitted == "graph":
+        raise GraphPruneError("A model made with emit='graph' has no class to load it with: keep its state_dict.")
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise GraphPruneError(f"tokenizer must be a Hugging Face tokenizer, not {type(tokenizer).__name__}.")
     try:

@@ -47,7 +47,7 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         plan=plan,
         oracle_error=take(data, "oracle_error", (*_NUMBER, type(None)), where),
         skipped={k: of_kind(v, str, f"{where}: skipped") for k, v in take(data, "skipped", dict, where).items()},
-        widths={name: (plan.sizes[name], len(kept)) for name, kept in plan.keep.items()},
+        widths=plan.widths(),
         attributes=_attributes(take(data, "attributes", list, where), f"{where}: attributes"),
         seconds={k: of_kind(v, _NUMBER, f"{where}: seconds") for k, v in take(data, "seconds", dict, where).items()},
         total_seconds=take(data, "total_seconds", _NUMBER, where),

@@ -12,6 +12,8 @@ from graphprune.errors import GraphPruneError
 
 FORMAT = 1
 
+Keep = list[int] | list[list[int]]
+
 
 @dataclass
 class Plan:
@@ -19,19 +21,22 @@ class Plan:
 
     Attributes:
         ratio: parameters removed / all parameters that this plan reaches, in [0, 1).
-        keep: name of a pruned axis → its kept indices, sorted, never empty. Axes not named are kept whole.
+        keep: name of a pruned axis → its kept indices, sorted, never empty; for a ragged axis one such list, of equal
+            lengths, per index of the axis that it is ragged under. Axes not named are kept whole.
         sizes: name of every axis in ``keep`` → its size before.
         skipped: name of every axis left alone → the reason.
         method: how the plan was made.
         width: whether it may prune what statistics are taken over; see :func:`graphprune.compile`.
+        under: name of every ragged axis in ``keep`` → name of the axis that it is ragged under.
     """
 
     ratio: float
-    keep: dict[str, list[int]] = field(default_factory=dict)
+    keep: dict[str, Keep] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     method: str = ""
     width: bool = False
+    under: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:  # NaN is neither
@@ -40,11 +45,28 @@ class Plan:
             size = self.sizes.get(name)
             if size is None:
                 raise GraphPruneError(f"The plan keeps indices of {name!r} but does not say its size.")
-            in_order = all(a < b for a, b in itertools.pairwise(kept))
-            if not kept or not in_order or kept[0] < 0 or kept[-1] >= size:
+            if name not in self.under:
+                _check_indices(name, kept, size)
+                continue
+            if not kept or not all(isinstance(one, list) for one in kept):
+                raise GraphPruneError(f"The plan for {name!r}, under {self.under[name]!r}, must keep a list of lists.")
+            for one in kept:
+                _check_indices(name, one, size)
+            if len({len(one) for one in kept}) > 1:  # type: ignore[arg-type]
                 raise GraphPruneError(
-                    f"The plan for {name!r} must keep a sorted, non-empty list of indices below {size}, each once."
+                    f"The plan for {name!r} must keep the same number of indices under every index of "
+                    f"{self.under[name]!r}."
                 )
+        for name in self.under:
+            if name not in self.keep or self.under[name] == name:
+                raise GraphPruneError(f"The plan says what {name!r} is under, but keeps no lists of it.")
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Name of every pruned axis → (size before, size after)."""
+        return {
+            name: (self.sizes[name], len(kept[0] if name in self.under else kept))  # type: ignore[arg-type]
+            for name, kept in self.keep.items()
+        }
 
     def to_json(self) -> str:
         """The plan as JSON text with stable order, so that plans can be compared as text."""
@@ -53,10 +75,14 @@ class Plan:
             "method": self.method,
             "ratio": self.ratio,
             **({"width": True} if self.width else {}),
-            "axes": {name: {"size": self.sizes[name], "keep": kept} for name, kept in self.keep.items()},
+            "axes": {name: self._axis(name) for name in self.keep},
             "skipped": self.skipped,
         }
         return json.dumps(data, indent=1)
+
+    def _axis(self, name: str) -> dict[str, Any]:
+        under = {"under": self.under[name]} if name in self.under else {}
+        return {"size": self.sizes[name], **under, "keep": self.keep[name]}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -74,15 +100,38 @@ class Plan:
             raise GraphPruneError(f"This is no plan of format {FORMAT}.")
         try:
             axes = data["axes"]
-            keep = {str(name): [_index(i) for i in axis["keep"]] for name, axis in axes.items()}
+            keep = {str(name): _indices(axis["keep"]) for name, axis in axes.items()}
             sizes = {str(name): _index(axis["size"]) for name, axis in axes.items()}
             skipped = {str(name): str(reason) for name, reason in data.get("skipped", {}).items()}
+            under = {str(name): _name(axis["under"]) for name, axis in axes.items() if "under" in axis}
             width = data.get("width", False)
             if not isinstance(width, bool):
                 raise TypeError(f"width is {width!r}")
-            return cls(float(data["ratio"]), keep, sizes, skipped, str(data.get("method", "")), width)
+            method = str(data.get("method", ""))
+            return cls(float(data["ratio"]), keep, sizes, skipped, method, width, under)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _check_indices(name: str, kept: Any, size: int) -> None:
+    flat = isinstance(kept, list) and not any(isinstance(index, list) for index in kept)
+    in_order = flat and all(a < b for a, b in itertools.pairwise(kept))
+    if not kept or not in_order or kept[0] < 0 or kept[-1] >= size:
+        raise GraphPruneError(
+            f"The plan for {name!r} must keep a sorted, non-empty list of indices below {size}, each once."
+        )
+
+
+def _indices(value: Any) -> Keep:
+    if isinstance(value, list) and any(isinstance(one, list) for one in value):
+        return [[_index(i) for i in one] for one in value]
+    return [_index(i) for i in value]
+
+
+def _name(value: Any) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def _index(value: Any) -> int:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphprune.ir.axes import Axis, describe, expand_mask, find, leaves
+from graphprune.ir.axes import Axis, describe, find
 from graphprune.ir.plan import Plan
+from graphprune.ir.selection import Kept, Selection
 from graphprune.ir.sizes import Polynomial
 from graphprune.rules.registry import Dims, Facts
 from graphprune.trace.export import Trace
@@ -24,7 +25,8 @@ class AxisMap:
 
     ``values`` has the dims of every node (a list of dims for several outputs), ``tensors`` those of every distinct
     parameter and buffer under its canonical name, ``canonical`` every name of a tied tensor → that name.
-    ``unruled`` counts, per operator without a usable rule, the source lines it pinned.
+    ``unruled`` counts, per operator without a usable rule, the source lines it pinned. Of the leaves in
+    ``more_than_one`` a planner keeps two indices, since forward asks whether there is one (``if groups == 1``).
     """
 
     values: dict[fx.Node, Any]
@@ -32,6 +34,7 @@ class AxisMap:
     canonical: dict[str, str]
     facts: Facts
     unruled: dict[str, list[str]] = field(default_factory=dict)
+    more_than_one: set[Axis] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class NodeGroup:
 
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
-    which is more than 1 where a kernel demands it.
+    which is more than 1 where a kernel demands it, and at least ``minimum``.
     """
 
     name: str
@@ -62,6 +65,7 @@ class NodeGroup:
     outer: bool
     modules: list[str]
     multiple: int = 1
+    minimum: int = 1
 
     @property
     def size(self) -> int:
@@ -76,12 +80,14 @@ class NodeGroup:
 class Order:
     """All removal structures, the first to go first.
 
-    Entry ``k`` is index ``index[k]`` of the group ``names[group[k]]``; both int64 of shape (structures,).
+    Entry ``k`` is structure ``index[k]`` of the group ``names[group[k]]``; both int64 of shape (structures,). That is
+    the index of this number or, for a group in ``choices``, ``choices[name][h, index[k]]`` under every ``h``.
     """
 
     names: list[str]
     group: torch.Tensor
     index: torch.Tensor
+    choices: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,6 +111,7 @@ class Options:
     length: int = 128
     verify: bool = True
     inplace: bool = False
+    emit: str = "module"
 
 
 @dataclass
@@ -118,6 +125,7 @@ class Program:
     axes: AxisMap | None = None
     attributes: dict[Attribute, Polynomial] | None = None
     groups: list[NodeGroup] | None = None
+    ragged: dict[str, str] | None = None
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     scores: dict[str, torch.Tensor] | None = None
@@ -127,7 +135,7 @@ class Program:
     new_attributes: dict[Attribute, int] | None = None
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
-    _masks: tuple[Plan, dict[Axis, torch.Tensor]] | None = None
+    _selection: tuple[Plan, Selection] | None = None
 
     def need(self, name: str) -> Any:
         """A field that an earlier pass must have set."""
@@ -142,35 +150,26 @@ class Program:
         found = names.get(find(axis))
         return found if found is not None else str(axis.size)
 
-    def keep_masks(self) -> dict[Axis, torch.Tensor]:
-        """Leaf → boolean keep-mask of shape ``(size,)``, for every axis that the plan prunes."""
+    def selection(self) -> Selection:
+        """What the plan keeps of every axis that it prunes."""
         plan: Plan = self.need("plan")
-        if self._masks is not None and self._masks[0] is plan:
-            return self._masks[1]
-        masks = {}
-        for group in self.need("groups"):
-            if group.name in plan.keep:
-                mask = torch.zeros(group.size, dtype=torch.bool)
-                mask[torch.tensor(plan.keep[group.name])] = True
-                masks[find(group.axis)] = mask
-        self._masks = (plan, masks)
-        return masks
+        if self._selection is not None and self._selection[0] is plan:
+            return self._selection[1]
+        axes = {group.name: find(group.axis) for group in self.need("groups")}
+        selection = {}
+        for name, kept in plan.keep.items():
+            outer = axes[plan.under[name]] if name in plan.under else None
+            selection[axes[name]] = Kept(axes[name].size, torch.tensor(kept), outer)
+        self._selection = (plan, selection)
+        return selection
 
-    def new_size(self, masks: dict[Axis, torch.Tensor]) -> Callable[[Axis], int]:
-        """Leaf → its size under the plan."""
-        kept = {leaf: int(mask.sum()) for leaf, mask in masks.items()}
-
-        def size(axis: Axis) -> int:
-            return kept.get(find(axis), axis.size)
-
-        return size
-
-
-def dim_mask(axis: Axis, masks: dict[Axis, torch.Tensor]) -> torch.Tensor | None:
-    """The keep-mask of a dimension, shape ``(axis.size,)``, or None when all of it is kept."""
-    if not any(leaf in masks for leaf in leaves(axis)):
-        return None
-    return expand_mask(axis, masks.get)
+    def ragged_axes(self) -> dict[Axis, Axis]:
+        """Every prunable leaf that may choose other indices under each index of another → that other one."""
+        if not self.options.inner_axes:
+            return {}
+        axes = {group.name: find(group.axis) for group in self.need("groups")}
+        ragged: dict[str, str] = self.need("ragged")
+        return {axes[g.name]: axes[ragged[g.name]] for g in self.need("prunable") if g.name in ragged}
 
 
 def describe_dims(program: Program, dims: Dims) -> list[str]:

@@ -6,6 +6,7 @@ symbol, everything else a number. Equality of two such polynomials means: equal 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from graphprune.ir.axes import Axis, find
@@ -85,6 +86,14 @@ class Polynomial:
                 factor *= size(axis)
             total += factor
         return total
+
+    def bounds(self, least: int = 1) -> tuple[int, int]:
+        """Numbers that the value stays between, both included, when every leaf keeps at least ``least`` indices."""
+        low = high = 0
+        for monomial, factor in self.terms.items():
+            ends = (factor * least ** len(monomial), factor * math.prod(axis.size for axis in monomial))
+            low, high = low + min(ends), high + max(ends)
+        return low, high
 
     def symbols(self) -> set[Axis]:
         return {axis for monomial in self.terms for axis in monomial}

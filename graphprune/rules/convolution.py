@@ -28,7 +28,7 @@ def _convolve(r: Rule, x: Dims, weight: Dims, bias: Dims | None, groups: Any) ->
         r.same(out_group, group)
         r.same(inner, weight[1])
         if inner.size > 1:
-            r.contract(0, channel - len(x), weight=(1, 1))
+            r.contract(0, channel - len(x), weight=(1, 1), factor=inner)
     if bias is not None:
         r.same(weight[0], bias[0])
     for axis in (*x[channel + 1 :], *weight[2:]):

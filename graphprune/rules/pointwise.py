@@ -28,10 +28,6 @@ def _is_dims(value: Any) -> bool:
     aten.alias,
     aten.lift_fresh_copy,
     aten.lift_fresh,
-    aten.dropout,
-    aten.dropout_,
-    aten.feature_dropout,
-    aten.alpha_dropout,
     aten.masked_fill,
     aten.masked_fill_,
     aten.where,
@@ -106,6 +102,15 @@ def pointwise(r: Rule, *args: Any, **kwargs: Any) -> Dims:
 @rule(aten.type_as)
 def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
     """Only the dtype of ``other`` is looked at."""
+    return x
+
+
+@rule(aten.dropout, aten.dropout_, aten.feature_dropout, aten.alpha_dropout)
+def dropout(r: Rule, x: Dims, p: float, train: bool) -> Dims:
+    """Nothing in eval mode; a dropout that never rests draws a number for every index."""
+    if train and p > 0:
+        for axis in x:
+            r.pin(axis, "random numbers are drawn along it")
     return x
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ir.axes import Axis, Misaligned, Pin, pin, unify
+from graphprune.ir.axes import Axis, Misaligned, Pin, find, pin, unify
 from graphprune.trace.provenance import Expr, SizeInt
 
 Dims = tuple[Axis, ...]
@@ -68,7 +68,7 @@ class Contraction:
     """Dimension ``dim`` of tensor argument ``arg`` of ``node`` is summed away; ``item`` says which tensor of a list.
 
     Removing an index of its axis means dropping its term of the sum. ``weight`` is the (argument, dimension) of the
-    other operand when that may be a weight.
+    other operand when that may be a weight. ``factor`` is the part of the dimension that is summed away, if not all.
     """
 
     node: fx.Node
@@ -76,6 +76,7 @@ class Contraction:
     dim: int
     weight: tuple[int, int] | None = None
     item: int | None = None
+    factor: Axis | None = None
 
     @property
     def operand(self) -> fx.Node:
@@ -91,13 +92,18 @@ class SizeUse:
     expr: Expr
     axis: Axis
     where: str
+    node: fx.Node | None = None  # the operator that it is an argument of; None for a number that is no size
 
 
 @dataclass
 class Facts:
-    """What the rules found out, beside the axes themselves."""
+    """What the rules found out, beside the axes themselves.
+
+    ``held`` has every axis that a node itself pinned: its indices may not be treated one by one there.
+    """
 
     contractions: list[Contraction] = field(default_factory=list)
+    held: list[tuple[fx.Node, Axis]] = field(default_factory=list)
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
@@ -124,6 +130,7 @@ class Rule:
     def pin(self, axis: Axis, reason: str) -> None:
         """The axis may not be pruned."""
         pin(axis, Pin(reason, self.where))
+        self._facts.held.append((self.node, axis))
 
     def statistic(self, axis: Axis, reason: str) -> None:
         """A mean, a variance or a norm is taken over the axis: it changes with every index that goes, so it pins.
@@ -133,6 +140,7 @@ class Rule:
         """
         if self._width:
             self._facts.statistics.append(self.node)
+            self._facts.held.append((self.node, axis))
         else:
             self.pin(axis, reason)
 
@@ -150,6 +158,8 @@ class Rule:
         except Misaligned as error:
             self.pin(a, str(error))
             self.pin(b, str(error))
+        if find(a) is not find(b):  # no common description was found
+            self._facts.held += [(self.node, a), (self.node, b)]
         return a
 
     def broadcast(self, *tensors: Sequence[Axis]) -> Dims:
@@ -164,9 +174,16 @@ class Rule:
             out.append(real[0])
         return tuple(out)
 
-    def contract(self, arg: int, dim: int, weight: tuple[int, int] | None = None, item: int | None = None) -> None:
+    def contract(
+        self,
+        arg: int,
+        dim: int,
+        weight: tuple[int, int] | None = None,
+        item: int | None = None,
+        factor: Axis | None = None,
+    ) -> None:
         """See :class:`Contraction`."""
-        self._facts.contractions.append(Contraction(self.node, arg, dim, weight, item))
+        self._facts.contractions.append(Contraction(self.node, arg, dim, weight, item, factor))
 
     def size(self, value: Any, axis: Axis) -> None:
         """The integer argument ``value`` gives the size of ``axis``: it must follow when the axis shrinks.
@@ -177,7 +194,7 @@ class Rule:
             self.sizes_used.add(id(value))
         if isinstance(value, int) and int(value) >= 0:
             expr: Expr = value.expr if isinstance(value, SizeInt) else int(value)
-            self._facts.size_uses.append(SizeUse(expr, axis, self.where))
+            self._facts.size_uses.append(SizeUse(expr, axis, self.where, self.node))
 
     def harmless(self, value: Any) -> None:
         """``value`` is a size here, but what is done with it does not depend on it (``slice`` to the very end)."""

@@ -225,9 +225,14 @@ def _strided(r: Rule, axis: Axis, low: int, high: int, step: int) -> Axis:
 @rule(aten.narrow)
 def narrow(r: Rule, x: Dims, dim: int, start: Any, length: Any) -> Dims:
     dim %= len(x)
-    before, rest = cut_at(r, x[dim], int(start))
-    middle, _ = cut_at(r, rest, int(length))
-    r.size(start, before)
+    first = int(start) % x[dim].size if int(start) < 0 else int(start)
+    before, rest = cut_at(r, x[dim], first)
+    middle, behind = cut_at(r, rest, int(length))
+    if int(start) < 0:  # counted from the end: minus the size of what lies behind
+        r.size(-start, concat([middle, behind]))
+        r.harmless(start)
+    else:
+        r.size(start, before)
     r.size(length, middle)
     return (*x[:dim], middle, *x[dim + 1 :])
 
@@ -246,10 +251,10 @@ def split(r: Rule, x: Dims, size: Any, dim: int = 0) -> list[Dims]:
     n, step = x[dim].size, int(size)
     out = _split(r, x, dim, [min(step, n - i) for i in range(0, n, step)])
     for piece in out:
+        if n % step:  # how many parts there are would change
+            r.pin(piece[dim], "split into parts of which the last is smaller")
         if piece[dim].size == step:
             r.size(size, piece[dim])
-        else:
-            r.pin(piece[dim], "the last, smaller part of a split")
     return out
 
 

@@ -20,8 +20,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.backends import use_portable
 from graphprune.trace.fold_blocks import BLOCK_KEY, Copy, Folder, unroll
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.opaque import CannotHide, Opaque, hide, offender
 from graphprune.trace.provenance import (
     META_KEY,
     Call,
@@ -33,12 +35,20 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
-from graphprune.trace.quiet import without_hooks
+from graphprune.trace.quiet import without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.writes import written_placeholders
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 _LIBRARY = ("/torch/", "/graphprune/trace/", "/torch\\")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for the tensor ``outputs[place]``."""
+
+    place: int
 
 
 @dataclass
@@ -47,7 +57,8 @@ class Trace:
 
     ``module`` runs the model: its placeholders are, in order, the parameters, buffers and constants in
     ``tensor_names`` (placeholder → name in the model), and the tensors in ``inputs``. ``sized_args`` holds the
-    arguments of every node with :class:`SizeInt` where an integer's source is known.
+    arguments of every node with :class:`SizeInt` where an integer's source is known. ``written`` has the names of the
+    parameters and buffers that forward writes to in place, ``opaque`` the modules that could not be traced.
     """
 
     module: fx.GraphModule
@@ -59,6 +70,11 @@ class Trace:
     sized_args: dict[fx.Node, tuple[tuple, dict]]
     call_outputs: dict[int, fx.Node | list[fx.Node]]
     escapes: list[Escape] = field(default_factory=list)
+    written: set[str] = field(default_factory=set)
+    opaque: Opaque = field(default_factory=Opaque)
+    rebound: dict[str, fx.Node] = field(default_factory=dict)  # buffer that forward replaces → its new value
+    out_spec: Any = None  # the structure that forward returned, None if pytree does not know it
+    out_leaves: list[Any] = field(default_factory=list)  # of that structure; a Place for each tensor
 
     @property
     def graph(self) -> fx.Graph:
@@ -96,6 +112,27 @@ def output_tensors(out: Any) -> list[torch.Tensor]:
     return []
 
 
+def _structure(out: Any, found: list[torch.Tensor]) -> tuple[Any, list[Any]]:
+    """The pytree of an output with a :class:`Place` for each tensor, or (None, []) if it holds anything else."""
+    leaves, spec = tree_flatten(out)
+    places = {id(tensor): Place(i) for i, tensor in enumerate(found)}
+    made = [places.get(id(leaf), leaf) for leaf in leaves]
+    made = [int(leaf) if isinstance(leaf, SizeInt) else leaf for leaf in made]
+    if sum(isinstance(leaf, Place) for leaf in made) != len(found):
+        return None, []
+    known = all(isinstance(leaf, (Place, bool, int, float, str, type(None))) for leaf in made)
+    return (spec, made) if known else (None, [])
+
+
+@dataclass
+class _Returned:
+    """What forward returned; see :func:`_structure`."""
+
+    spec: Any = None
+    leaves: list[Any] = field(default_factory=list)
+    rebound: list[str] = field(default_factory=list)  # buffers that forward replaced, whose new values come last
+
+
 class _Entry(nn.Module):
     """The model with tensors in and tensors out; everything else is bound here."""
 
@@ -105,6 +142,7 @@ class _Entry(nn.Module):
         self.spec = spec
         self.leaves = leaves
         self.recorder = recorder
+        self.returned = _Returned()  # an object: torch.export undoes assignments to a module
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         given = iter(tensors)
@@ -114,26 +152,37 @@ class _Entry(nn.Module):
             self.recorder.know(tensor, name)
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
+        held = names(self.model)
         with self.recorder:
             out = self.model(*args, **kwargs)
         found = output_tensors(out)
+        self.returned.spec, self.returned.leaves = _structure(out, found)
         if not found:
             raise GraphPruneError(f"{type(self.model).__name__}.forward returns no tensor: there is nothing to keep.")
-        return found
+        now = names(self.model)
+        with torch._C.DisableTorchFunction():
+            self.returned.rebound = [
+                name for name, old in held.items() if now[name] is not old and now[name].shape == old.shape
+            ]
+        return [*found, *(now[name] for name in self.returned.rebound)]
 
 
-def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
+def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque | None = None) -> Trace:
     """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
 
     ``inputs`` are real or meta tensors; nothing is computed with them. The model is not touched: what is traced is
     a structural copy that shares its weights, in eval mode and without hooks. With ``fold`` equal blocks are traced
-    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without.
+    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without. ``hidden`` are modules to leave opaque
+    (:mod:`graphprune.trace.opaque`); a module that turns out to need it is added.
 
     Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
     """
     folder = Folder() if fold else None
     recorder = SizeRecorder((lambda: folder.current) if folder else (lambda: None))
     skeleton = copy_structure(model).eval()
+    use_portable(skeleton, tracing=True)
+    hidden = hidden or Opaque()
+    hidden.install(skeleton)
     if folder is not None:
         folder.install(skeleton)
     wrap_sizes(skeleton, recorder)
@@ -141,39 +190,87 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True) -> Trace:
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     entry = _Entry(skeleton, spec, leaves, recorder)
     try:
-        with without_hooks(skeleton), torch.no_grad(), preserved_annotations(), _silence():
+        with without_hooks(skeleton), without_autocast(), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
-        return _read(program, recorder, given)
+        found = _read(program, recorder, given, entry.returned.rebound)
     except Exception as error:
         if folder is not None and folder.runs:  # perhaps only because of the folding
             return trace(model, inputs, fold=False)
         if isinstance(error, GraphPruneError):
             raise
-        raise _explain(model, error) from error
+        more = _hide_offender(model, inputs, skeleton, hidden, error)
+        return trace(model, inputs, fold=False, hidden=more)
+    _refuse_shared_memory(model, found.written)
+    found.opaque = hidden
+    found.out_spec, found.out_leaves = entry.returned.spec, entry.returned.leaves
+    found.written |= {name for name in names(model) if hidden.hides(name)}  # perhaps: nobody sees what they do
+    found.written |= set(found.rebound)  # which the emitted graph does in place
+    return found
+
+
+def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden: Opaque, error: Exception) -> Opaque:
+    """``hidden`` with the module added that ``error`` comes from. Raises what to tell the user where that cannot be."""
+    path = offender(skeleton, error)
+    try:
+        return hide(model, inputs, hidden, path or "", _line(error))
+    except CannotHide as reason:
+        told = _explain(model, error)
+        if path:
+            told = GraphPruneError(f"{told} The module {path} cannot be left out of the graph either: {reason}.")
+        raise told from error
+
+
+def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
+    """A tensor that forward writes to may not be another one's memory as well: sliced, each would have its own."""
+    held = names(model)
+    for name in written:
+        storage = held[name].untyped_storage()
+        for other, tensor in held.items():
+            if tensor is not held[name] and storage.size() and tensor.untyped_storage()._cdata == storage._cdata:
+                raise GraphPruneError(
+                    f"Forward writes to {name}, whose memory {other} shares. Pruning would part them: make one a real "
+                    "copy, or tie them by being the same Parameter."
+                )
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch.export prints the graph and logs guesses when it fails; the error that is raised says it better."""
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
+    logs = [
+        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    ]
+    levels = [log.level for log in logs]
     try:
-        log.setLevel(logging.ERROR)
+        for log in logs:
+            log.setLevel(logging.CRITICAL)
         with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def _last_frame(error: Exception) -> traceback.FrameSummary | None:
+    """Where in the user's code an error was raised."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _LIBRARY)]
+    frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
+    return frames[-1] if frames else None
+
+
+def _line(error: Exception) -> str:
+    last = _last_frame(error)
+    return f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}: {last.line}" if last else type(error).__name__
 
 
 def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _LIBRARY)]
-    frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
-    last = frames[-1] if frames else None
+    last = _last_frame(error)
     where = f"{last.filename}:{last.lineno} in {last.name}: {last.line}" if last else "unknown line"
     text = str(error).strip().split("\n")[0][:300]
     name = type(model).__name__
     kind = type(error).__name__
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    text += ". Forward hooks are not run while tracing" if hooked else ""
     if "DataDependent" in kind or "data-dependent" in str(error).lower() or "unbacked" in str(error).lower():
         return GraphPruneError(
             f"{name}.forward takes a branch or a size from the values of a tensor, at {where}. A graph cannot hold "
@@ -184,7 +281,9 @@ def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
     return GraphPruneError(f"{name} could not be traced, at {where}. ({kind}: {text})")
 
 
-def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor]) -> Trace:
+def _read(
+    program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor], replaced: list[str]
+) -> Trace:
     tensor_names, constants, input_names = {}, {}, []
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
@@ -205,16 +304,21 @@ def _read(program: torch.export.ExportedProgram, recorder: SizeRecorder, given: 
     escapes = [*recorder.escapes, *unmatched]
     copies, gone = unroll(program.graph, {name: by_name[placeholder] for placeholder, name in tensor_names.items()})
     _repeat_facts(copies, gone, sized_args, call_outputs, escapes)
+    written = {tensor_names[node.name] for node in written_placeholders(program.graph) if node.name in tensor_names}
+    outputs = [gone.get(node, node) for node in outputs]
+    plain = len(outputs) - len(replaced)
     return Trace(
         module=program.graph_module,
         tensor_names=tensor_names,
         constants=constants,
         inputs=given,
         input_names=input_names,
-        outputs=[gone.get(node, node) for node in outputs],
+        outputs=outputs[:plain],
         sized_args=sized_args,
         call_outputs=call_outputs,
         escapes=escapes,
+        written=written,
+        rebound=dict(zip(replaced, outputs[plain:], strict=True)),
     )
 
 
@@ -225,8 +329,9 @@ def _match_calls(
     made: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         number = (node.meta.get("custom") or {}).get(META_KEY)
-        # An assertion about a tensor stands behind the call that made it and carries its number.
-        if node.op == "call_function" and number is not None and node.meta.get("val") is not None:
+        # Torch adds checks of a tensor's dtype, under the number of the call that made the tensor: they make nothing.
+        is_check = node.target is torch.ops.aten._assert_tensor_metadata.default
+        if node.op == "call_function" and number is not None and "val" in node.meta and not is_check:
             made.setdefault(number, []).append(node)
     sized: dict[fx.Node, tuple[tuple, dict]] = {}
     outputs: dict[int, fx.Node | list[fx.Node]] = {}

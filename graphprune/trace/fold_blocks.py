@@ -22,6 +22,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from graphprune.trace.provenance import SizeInt, plain
 from graphprune.trace.skeleton import names
 
 MINIMUM = 3  # blocks in a run: fewer are not worth it
@@ -135,7 +136,7 @@ class Folder:
                 return forward(block, *args, **kwargs)
             known = next((t for t in self._templates.get(run, ()) if t.call == call), None)
             if known is None or known.path == path:
-                return self._trace(run, path, call, leaves, spec, lambda a, k: forward(block, *a, **k))
+                return self._trace(run, path, call, leaves, spec, block, lambda a, k: forward(block, *a, **k))
             like = [output for output in known.outputs if isinstance(output, torch.Tensor)]
             made = iter(repeat_block(tensors, like, f"{path}={known.path}"))
             return tree_unflatten([next(made) if isinstance(o, torch.Tensor) else o for o in known.outputs], known.spec)
@@ -143,7 +144,14 @@ class Folder:
         return folded
 
     def _trace(
-        self, run: str, path: str, call: tuple, leaves: list[Any], spec: Any, forward: Callable[[Any, Any], Any]
+        self,
+        run: str,
+        path: str,
+        call: tuple,
+        leaves: list[Any],
+        spec: Any,
+        block: nn.Module,
+        forward: Callable[[Any, Any], Any],
     ) -> Any:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.current, Counter.looked_at = path, False
@@ -151,6 +159,7 @@ class Folder:
             with fx_traceback.annotate({BLOCK_KEY: path}):
                 entered = enter_block(tensors, path)
                 versions = [tensor._version for tensor in entered]
+                held = list(map(id, block.buffers()))
                 given = iter(entered)
                 args, kwargs = tree_unflatten(
                     [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec
@@ -163,6 +172,8 @@ class Folder:
             raise CannotFold(f"{path} looks at its number")
         if versions != [tensor._version for tensor in entered]:
             raise CannotFold(f"{path} writes into its inputs")
+        if held != list(map(id, block.buffers())):
+            raise CannotFold(f"{path} replaces its buffers")
         if not all(isinstance(output, (*_PLAIN, torch.Tensor)) for output in outputs):
             raise CannotFold(f"{path} returns an object that is no tensor")
         self._templates.setdefault(run, []).append(_Template(path, call, outputs, out_spec))
@@ -172,7 +183,11 @@ class Folder:
 def _kind(leaf: Any) -> Any:
     """What must agree for two calls to trace alike."""
     if isinstance(leaf, torch.Tensor):
-        return (tuple(int(n) for n in leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad)
+        with torch._C.DisableTorchFunction():  # looking at the shape here is not forward's doing
+            shape = tuple(leaf.shape)
+        return (shape, leaf.dtype, leaf.device, leaf.requires_grad)
+    if isinstance(leaf, SizeInt):
+        return (SizeInt, plain(leaf))
     return (type(leaf), leaf) if isinstance(leaf, _PLAIN) else id(leaf)
 
 

@@ -6,17 +6,22 @@ what ints do; :class:`SizeRecorder` sees them arrive at ``view``, ``split``, ``e
 after pruning every attribute can be given the value its uses demand.
 
 A size that turns into something other than a size (``head_dim ** -0.5``, ``x / heads``) *escapes*: the function the
-model computes depends on it, so it may not change.
+model computes depends on it, so it may not change. So does a size that is compared: the branch that was traced
+depends on the answer. What reads an int without asking it (``range(n)``, ``math.log(n)``) cannot be seen here; the
+oracle refuses to prune such a model wrongly.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -53,7 +58,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Combined:
-    """``left op right`` with op one of ``+ - * //``."""
+    """``left op right`` with op one of ``+ - * // %``; a comparison, ``== < <=``, only inside an :class:`Escape`."""
 
     op: str
     left: Expr
@@ -77,7 +82,7 @@ def moved(expr: Expr, rename: Callable[[str], str], renumber: Callable[[int], in
 
 @dataclass(frozen=True)
 class Escape:
-    """A size that entered arithmetic other than sizes, while ``block`` (a module path) was traced."""
+    """A size that entered arithmetic other than sizes, or was compared, while ``block`` (a module path) was traced."""
 
     expr: Expr
     where: str
@@ -104,8 +109,8 @@ class SizeInt(int):
 
     def _escape(self) -> int:
         if self.recorder is not None:
-            self.recorder.escapes.append(Escape(self.expr, _caller(), self.recorder.block()))
-        return int(self)
+            self.recorder.tell(self.expr)
+        return plain(self)
 
     def __float__(self) -> float:
         return float(self._escape())
@@ -116,8 +121,30 @@ class SizeInt(int):
     def __rpow__(self, other: Any, mod: Any = None) -> Any:
         return pow(other, self._escape(), mod)
 
+    def __int__(self) -> int:
+        # A plain int is a literal where it becomes a size; anywhere else it is a number.
+        return self._escape() if self._in_forward() else plain(self)
+
+    def __hash__(self) -> int:
+        return hash(self._escape() if self._in_forward() else plain(self))
+
     def __neg__(self) -> SizeInt:
-        return SizeInt(-int(self), Combined("-", 0, self.expr), self.recorder)
+        return SizeInt(-plain(self), Combined("-", 0, self.expr), self.recorder)
+
+    def __pos__(self) -> SizeInt:
+        return self
+
+    def __abs__(self) -> SizeInt:
+        return self if self >= 0 else -self
+
+    def __invert__(self) -> int:
+        return -self - 1
+
+    def __bool__(self) -> bool:
+        return self != 0
+
+    def _in_forward(self) -> bool:
+        return self.recorder is not None and self.recorder.in_forward
 
     def __truediv__(self, other: Any) -> Any:
         return self._escape() / other
@@ -125,50 +152,83 @@ class SizeInt(int):
     def __rtruediv__(self, other: Any) -> Any:
         return other / self._escape()
 
-    def __mod__(self, other: Any) -> Any:
-        return int(self) % other
 
-    def __rmod__(self, other: Any) -> Any:
-        return other % int(self)
+def _beside_symbol(word: str, number: int, other: torch.SymInt, swap: bool) -> Any:
+    """An operation with one of torch's symbolic integers, which go together with exact ints only."""
+    left, right = (other, number) if swap else (number, other)
+    return getattr(operator, f"__{word}__")(left, right)
 
 
 def _arithmetic(word: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
     name = f"__r{word}__" if swap else f"__{word}__"
-    plain = getattr(int, name)
+    of_int = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
         if isinstance(other, float):  # a product with a float is no size any more
             return getattr(float, name)(float(self), other)
         if isinstance(other, torch.SymInt):  # a size that depends on values: so does the result
-            number = self._escape()
-            return getattr(operator, f"__{word}__")(*((other, number) if swap else (number, other)))
-        result = plain(self, other)
+            return _beside_symbol(word, self._escape(), other, swap)
+        result = of_int(self, other)
         if result is NotImplemented or isinstance(other, bool):
             return result
-        given: Expr = other.expr if isinstance(other, SizeInt) else int(other)
-        left, right = (given, self.expr) if swap else (self.expr, given)
+        mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else other
+        left, right = (theirs, mine) if swap else (mine, theirs)
         return SizeInt(result, Combined(symbol, left, right), self.recorder)
 
     return method
 
 
-def _comparison(name: str) -> Callable[[SizeInt, Any], Any]:
-    plain = getattr(int, name)
+for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//"), ("mod", "%")):
+    setattr(SizeInt, f"__{_name}__", _arithmetic(_name, _symbol, swap=False))
+    setattr(SizeInt, f"__r{_name}__", _arithmetic(_name, _symbol, swap=True))
+
+
+def _escaping(name: str) -> Callable[[SizeInt, Any], Any]:
+    of_int = getattr(int, name)
 
     def method(self: SizeInt, other: Any) -> Any:
-        # torch's symbolic integers go together with exact ints only.
-        return getattr(operator, name)(int(self), other) if isinstance(other, torch.SymInt) else plain(self, other)
+        if isinstance(other, SizeInt):
+            other = other._escape()
+        return of_int(self._escape(), other)
 
     return method
 
 
-for _name in ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"):
-    setattr(SizeInt, _name, _comparison(_name))
-setattr(SizeInt, "__hash__", int.__hash__)  # noqa: B010  (a class body with __eq__ would lose it)
+for _name in ("and", "or", "xor", "lshift", "rshift", "divmod"):
+    setattr(SizeInt, f"__{_name}__", _escaping(f"__{_name}__"))
+    setattr(SizeInt, f"__r{_name}__", _escaping(f"__r{_name}__"))
 
-for _name, _symbol in (("add", "+"), ("sub", "-"), ("mul", "*"), ("floordiv", "//")):
-    setattr(SizeInt, f"__{_name}__", _arithmetic(_name, _symbol, swap=False))
-    setattr(SizeInt, f"__r{_name}__", _arithmetic(_name, _symbol, swap=True))
+
+def _comparison(name: str, symbol: str, swap: bool) -> Callable[[SizeInt, Any], Any]:
+    """What a comparison says has to stay so: the branch that was traced depends on it."""
+    of_int = getattr(int, name)
+
+    def method(self: SizeInt, other: Any) -> Any:
+        if isinstance(other, torch.SymInt):
+            return getattr(operator, name)(self._escape(), other)
+        result = of_int(self, other)
+        recorder = self.recorder if self._in_forward() else None
+        if recorder is not None and isinstance(other, int) and not isinstance(other, bool):
+            mine, theirs = self.expr, other.expr if isinstance(other, SizeInt) else other
+            recorder.tell(Combined(symbol, theirs, mine) if swap else Combined(symbol, mine, theirs))
+        return result
+
+    return method
+
+
+# a > b is b < a, and a != b is not a == b.
+for _name, _symbol, _swap in (
+    ("eq", "==", False),
+    ("ne", "==", False),
+    ("lt", "<", False),
+    ("le", "<=", False),
+    ("gt", "<", True),
+    ("ge", "<=", True),
+):
+    setattr(SizeInt, f"__{_name}__", _comparison(f"__{_name}__", _symbol, _swap))
+
+
+plain = int.__int__  # the value of a size, without asking for it as the model does
 
 
 def _caller() -> str:
@@ -190,7 +250,12 @@ class Call:
 
 
 META_KEY = "graphprune_call"
+# In-place operators after which the tensor has other dimensions than before.
+_RELAYOUT = {"transpose_", "t_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"}
 _SET_GRAD = torch._C._set_grad_enabled
+
+
+_COUNTS_ALL = (torch.numel, torch.Tensor.numel, torch.Tensor.nelement)
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -206,8 +271,20 @@ class SizeRecorder(TorchFunctionMode):
         self.block = block  # the path of the repeated block that is being traced, if any
         self.calls: dict[int, Call] = {}
         self.escapes: list[Escape] = []
+        self.in_forward = False  # the model's own code is running, so that a comparison is one of the model
         self._number = 0
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def __enter__(self) -> SizeRecorder:
+        self.in_forward = True
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.in_forward = False
+        super().__exit__(*exception)
+
+    def tell(self, expr: Expr) -> None:
+        self.escapes.append(Escape(expr, _caller(), self.block()))
 
     def know(self, tensor: torch.Tensor, name: str) -> None:
         """Name an input, parameter or buffer, so that its sizes are told from literals."""
@@ -224,14 +301,28 @@ class SizeRecorder(TorchFunctionMode):
         if func is torch.Tensor.size:
             dim = args[1] if len(args) > 1 else kwargs["dim"]
             return self._size_of(args[0], dim, func(*args, **kwargs))
+        if func in _COUNTS_ALL:
+            sizes = [self._size_of(args[0], i, n) for i, n in enumerate(_SHAPE_GETTER(args[0]))]
+            return math.prod(sizes[1:], start=sizes[0]) if sizes else 1
+        if func is torch.Tensor.__len__:
+            func(*args)  # raises what there is to raise; Python makes a plain int of what is returned
+            return int(self._size_of(args[0], 0, _SHAPE_GETTER(args[0])[0]))
+        opened = _open(func) if isinstance(func, FunctionType) else None
+        if opened is not None:
+            with self:
+                return opened(*args, **kwargs)
         self._number += 1
         number = self._number
-        with fx_traceback.annotate({META_KEY: number}):
-            out = func(*args, **kwargs)
+        self.in_forward = False
+        try:
+            with fx_traceback.annotate({META_KEY: number}):
+                out = func(*args, **kwargs)
+        finally:
+            self.in_forward = True
         tensors = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
         for index, tensor in enumerate(tensors):
             # In-place calls and no-ops return a tensor that is known already: it keeps its first name.
-            if tensor not in self._known:
+            if tensor not in self._known or getattr(func, "__name__", "") in _RELAYOUT:
                 self._known[tensor] = (number, index)
         if any(isinstance(leaf, SizeInt) for leaf in _int_leaves((args, kwargs))):
             self.calls[number] = Call(getattr(func, "__name__", str(func)), _strip(args), _strip(kwargs))
@@ -241,7 +332,30 @@ class SizeRecorder(TorchFunctionMode):
         known = self._known.get(tensor)
         if known is None or not isinstance(size, int):
             return size
-        return SizeInt(int(size), Dim(known[0], known[1], dim % tensor.ndim), self)
+        return SizeInt(int(size), Dim(known[0], known[1], int(dim) % tensor.ndim), self)
+
+
+def _always_false(*_: Any) -> bool:
+    return False
+
+
+_ASKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@cache
+def _open(function: FunctionType) -> FunctionType | None:
+    """A torch function that is written in Python, such that the calls inside it are seen one by one.
+
+    Such a function begins by asking whether a mode wants to handle it as a whole; this copy does not ask. Methods of
+    ``Tensor`` stay closed: what they call in C is looked up by name, and would find them again.
+    """
+    asked = [name for name in _ASKS if name in function.__globals__]
+    if not asked or function.__module__ == "torch._tensor":
+        return None
+    world = {**function.__globals__, **dict.fromkeys(asked, _always_false)}
+    opened = FunctionType(function.__code__, world, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
 
 
 def _int_leaves(tree: Any) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -23,20 +23,57 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """``torch.autocast`` inside does nothing: the graph has no casts in it, and both sides of a proof compute alike."""
+    plain = torch.autocast.__enter__, torch.autocast.__exit__
+    with ExitStack() as outside:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                outside.enter_context(torch.autocast(kind, enabled=False))
+        torch.autocast.__enter__, torch.autocast.__exit__ = _enter_nothing, _exit_nothing  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__, torch.autocast.__exit__ = plain  # type: ignore[method-assign]
+
+
+def _enter_nothing(context: torch.autocast) -> torch.autocast:
+    return context
+
+
+def _exit_nothing(context: torch.autocast, *error: object) -> None:
+    return None
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Random numbers inside are the same every time; the generators outside go on as if nothing was drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects.
 
     The hooks of transformers itself stay: it collects hidden states by them, and backbones return those.
+    The hooks by which torch itself computes weights (``torch.nn.utils.weight_norm`` and its like) stay.
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     stash = [(module, kind, dict(getattr(module, kind))) for module in model.modules() for kind in kinds]
     for module, kind, hooks in stash:
-        for number, hook in hooks.items():
-            if not str(getattr(hook, "__module__", "")).startswith("transformers."):
-                del getattr(module, kind)[number]
+        for key, hook in hooks.items():
+            if not _belongs_to_forward(hook):
+                del getattr(module, kind)[key]
     try:
         yield
     finally:
         for module, kind, hooks in stash:
             getattr(module, kind).clear()
             getattr(module, kind).update(hooks)
+
+
+def _belongs_to_forward(hook: object) -> bool:
+    of_torch = type(hook).__module__.startswith("torch.nn.utils.")
+    return of_torch or str(getattr(hook, "__module__", "")).startswith("transformers.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -36,4 +36,25 @@ def copy_structure(model: nn.Module, replace: Replace | None = None) -> nn.Modul
     tied tensors stay tied. No weight is copied here.
     """
     memo: dict[int, object] = {id(t): t if replace is None else replace(t) for t in tensors(model)}
+    for module in model.modules():  # a tensor that an earlier forward computed and left behind
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach()
     return copy.deepcopy(model, memo)
+
+
+def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torch.clone) -> nn.Module:
+    """A copy to run in eval mode and throw away: whatever forward changes, ``model`` keeps its state.
+
+    It shares the weights of ``model``, except for the parameters and buffers named in ``written``, which are cloned.
+    """
+    held = names(model)
+    own = {id(held[name]) for name in written}
+
+    def replace(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own:
+            return tensor
+        cloned = clone(tensor.detach())
+        return nn.Parameter(cloned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
+
+    return copy_structure(model, replace).eval()

@@ -10,7 +10,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import eval_mode, without_hooks
+from graphprune.trace.quiet import without_hooks
+from graphprune.trace.skeleton import scratch_copy
 
 # Which argument is the activation, which of its dimensions is contracted, and which argument is the weight.
 _CONSUMERS: dict[Any, tuple[int, int, int]] = {
@@ -20,16 +21,30 @@ _CONSUMERS: dict[Any, tuple[int, int, int]] = {
     torch.matmul: (0, -1, 1),
     torch.Tensor.matmul: (0, -1, 1),
     torch.Tensor.__matmul__: (0, -1, 1),
+    torch.bmm: (0, -1, 1),
+    torch.Tensor.bmm: (0, -1, 1),
+    torch.baddbmm: (1, -1, 2),
     torch.nn.functional.conv1d: (0, 1, 1),
     torch.nn.functional.conv2d: (0, 1, 1),
     torch.nn.functional.conv3d: (0, 1, 1),
+}
+
+# Those whose weight may be a batch of matrices.
+_BATCHED = {
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.bmm,
+    torch.Tensor.bmm,
+    torch.baddbmm,
 }
 
 
 class InputNorms(TorchFunctionMode):
     """Sums the squares of each input feature of chosen weights.
 
-    ``squares[id(weight)]`` is float32 of shape ``(in_features,)``; ``counts`` the number of rows (tokens, positions).
+    ``squares[id(weight)]`` is float32 of shape ``(in_features,)``, for a batch of matrices ``(*batch, in_features)``;
+    ``counts`` the number of rows (tokens, positions) of each.
     """
 
     def __init__(self, weights: Iterable[torch.Tensor]):
@@ -41,21 +56,33 @@ class InputNorms(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         place = _CONSUMERS.get(func)
         if place is not None and len(args) > place[2] and id(args[place[2]]) in self._wanted:
-            self._see(id(args[place[2]]), args[place[0]].detach(), place[1])
+            batch = args[place[2]].shape[:-2] if func in _BATCHED else ()
+            self._see(id(args[place[2]]), args[place[0]].detach(), place[1], batch)
         return func(*args, **(kwargs or {}))
 
-    def _see(self, weight: int, x: torch.Tensor, dim: int) -> None:
-        rows = x.movedim(dim, -1).flatten(0, -2)
-        squares = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).square()
+    def _see(self, weight: int, x: torch.Tensor, dim: int, batch: tuple[int, ...]) -> None:
+        if batch:  # (..., *batch, rows, features) → (*batch, ..., rows, features)
+            x = x.expand(*torch.broadcast_shapes(x.shape[:-2], batch), *x.shape[-2:])
+            more = x.ndim - 2 - len(batch)
+            x = x.movedim(tuple(range(more)), tuple(range(-2 - more, -2)))
+        rows = x.movedim(dim, -1).flatten(len(batch), -2)
+        squares = torch.linalg.vector_norm(rows, dim=-2, dtype=torch.float32).square()
+        squares = squares.sum_to_size((*batch, rows.shape[-1]))  # one matrix may see the rows of many
         self.squares[weight] = self.squares[weight] + squares if weight in self.squares else squares
-        self.counts[weight] = self.counts.get(weight, 0) + rows.shape[0]
+        self.counts[weight] = self.counts.get(weight, 0) + rows.numel() // squares.numel()
 
 
-def run_calibration(model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode) -> None:
-    """Run batches through the model in eval mode under ``mode``; the model is left as it was."""
+def run_calibration(
+    model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode, written: Iterable[str]
+) -> None:
+    """Run batches under ``mode`` through a copy of the model that shares its weights; the model stays as it is.
+
+    ``written`` names the tensors that forward writes to.
+    """
+    scratch = scratch_copy(model, written)
     try:
-        with eval_mode(model), without_hooks(model), mode:
+        with torch.no_grad(), without_hooks(scratch), mode:
             for batch in batches:
-                model(**batch)
+                scratch(**batch)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error

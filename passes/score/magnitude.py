@@ -6,7 +6,7 @@ import torch
 
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_to, criterion
+from graphprune.passes.score.registry import Scores, add_positions, criterion
 from graphprune.trace.skeleton import names
 
 _ROWS = 128
@@ -19,24 +19,27 @@ def _sums(program: Program, order: int) -> Scores:
     tensors = names(program.model)
     scores: Scores = {}
     for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
-        for dim, axis in enumerate(axes.tensors[name]):
+        weight, dims = tensors[name].detach(), axes.tensors[name]
+        for dim, axis in enumerate(dims):
             if any(leaf in wanted for leaf in leaves(axis)):
-                add_to(scores, axis, _power_sums(tensors[name].detach(), dim, order))
+                add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
     return scores
 
 
-def _power_sums(weight: torch.Tensor, dim: int, order: int) -> torch.Tensor:
-    """``Σ |w|^order`` over all dimensions but ``dim``, at least in float32."""
+def _power_sums(weight: torch.Tensor, stay: set[int], order: int) -> torch.Tensor:
+    """``Σ |w|^order`` over all dimensions but those that ``stay``, at least in float32; the others have size 1 then."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    others = [d for d in range(weight.ndim) if d != dim]
-    if dim == 0:
-        norms = torch.linalg.vector_norm(weight, order, others, dtype=dtype) if others else weight.to(dtype).abs()
-        return norms**order
+    others = [d for d in range(weight.ndim) if d not in stay]
+    if not others:
+        return weight.to(dtype).abs() ** order
+    if 0 in stay:
+        return torch.linalg.vector_norm(weight, order, others, keepdim=True, dtype=dtype) ** order
     # A norm down the columns is slow; a few rows at a time stay in the cache.
-    total = torch.zeros(weight.shape[dim], dtype=dtype, device=weight.device)
+    shape = [size if d in stay else 1 for d, size in enumerate(weight.shape)]
+    total = torch.zeros(shape, dtype=dtype, device=weight.device)
     for rows in weight.split(_ROWS):
         rows = rows.to(dtype)
-        total += (rows.square() if order == 2 else rows.abs()).sum(others)
+        total += (rows.square() if order == 2 else rows.abs()).sum(others, keepdim=True)
     return total
 
 

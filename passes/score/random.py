@@ -13,4 +13,10 @@ from graphprune.passes.score.registry import Scores, criterion
 def random(program: Program) -> Scores:
     """Uniform numbers in [0, 1), seeded by ``seed``."""
     generator = torch.Generator().manual_seed(program.options.seed)
-    return {find(group.axis): torch.rand(group.size, generator=generator) for group in program.need("prunable")}
+    ragged = program.ragged_axes()
+    scores: Scores = {}
+    for group in program.need("prunable"):
+        axis = find(group.axis)
+        rows = (ragged[axis].size,) if axis in ragged else ()
+        scores[axis] = torch.rand(*rows, group.size, generator=generator)
+    return scores

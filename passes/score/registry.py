@@ -7,11 +7,13 @@ from collections.abc import Callable
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis, find, reduce_to_leaves
+from graphprune.ir.axes import Axis, find, leaves, reduce_to_leaves
 from graphprune.ir.program import Program
+from graphprune.ir.selection import sum_by_pair
 from graphprune.passes.base import compiler_pass
+from graphprune.rules.registry import Dims
 
-# Leaf axis → score of each of its indices, float32 of shape (size,).
+# Leaf axis → score of each of its indices, float32 of shape (size,); of a ragged axis (outer size, size).
 Scores = dict[Axis, torch.Tensor]
 Criterion = Callable[[Program], Scores]
 
@@ -34,10 +36,32 @@ def method_names() -> list[str]:
 
 
 def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
-    """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it."""
+    """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it.
+
+    An axis that is only ever scored so keeps one choice of indices for all, also where it could be ragged.
+    """
     for leaf, share in reduce_to_leaves(axis, values.float().cpu()):
-        key = find(leaf)
-        scores[key] = scores[key] + share if key in scores else share
+        scores[leaf] = scores[leaf] + share if leaf in scores else share
+
+
+def add_positions(
+    scores: Scores, program: Program, dims: Dims, dim: int, sums: Callable[[set[int]], torch.Tensor]
+) -> None:
+    """:func:`add_to` for dimension ``dim`` of a tensor, with a score per outer index for the ragged leaves below it.
+
+    ``sums(dimensions)`` gives the values of all positions along some dimensions, summed over all others, which stay
+    with size 1.
+    """
+    ragged = program.ragged_axes()
+    shares = reduce_to_leaves(dims[dim], sums({dim}).flatten().float().cpu())
+    for leaf, share in shares:
+        outer = ragged.get(leaf)
+        if outer is None:
+            scores[leaf] = scores[leaf] + share if leaf in scores else share
+    for leaf in {leaf for leaf, _ in shares} & ragged.keys():
+        above = next(d for d in (dim, *range(len(dims))) if ragged[leaf] in leaves(dims[d]))
+        share = sum_by_pair(dims, dim, leaf, ragged[leaf], sums({dim, above}).float().cpu())
+        scores[leaf] = scores[leaf] + share if leaf in scores else share
 
 
 @compiler_pass(requires=("prunable",), ensures=("scores",))

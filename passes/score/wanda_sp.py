@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+
 from graphprune.calibration import calibration_batches
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.score.activations import InputNorms, run_calibration
-from graphprune.passes.score.registry import Scores, add_to, criterion
+from graphprune.passes.score.registry import Scores, add_positions, criterion
 from graphprune.trace.skeleton import names
 
 
@@ -26,16 +28,23 @@ def wanda_sp(program: Program) -> Scores:
         if any(leaf in wanted for leaf in leaves(axes.tensors[name][dim]))
     }
     norms = InputNorms(tensors[name] for name, _ in consumers)
-    run_calibration(program.model, calibration_batches(program), norms)
+    run_calibration(program.model, calibration_batches(program), norms, program.need("trace").written)
     scores: Scores = {}
     for name, dim in sorted(consumers):
-        weight, features = tensors[name], axes.tensors[name][dim]
+        weight, dims = tensors[name], axes.tensors[name]
         squares = norms.squares.get(id(weight))
         if squares is None:
             continue
-        if squares.numel() != features.size:  # a grouped convolution: its channels are groups of columns
-            squares = squares.view(-1, features.size).sum(0)
-        others = [d for d in range(weight.ndim) if d != dim]
-        mean_weight = weight.detach().abs().mean(others).float()
-        add_to(scores, features, mean_weight * (squares / norms.counts[id(weight)]).sqrt())
+        if squares.ndim == 1 and len(squares) != dims[dim].size:  # a grouped convolution: its channels are groups
+            squares = squares.view(-1, dims[dim].size).sum(0)
+        stay = {*range(squares.ndim - 1), dim}  # a batch of matrices has its own statistics in each
+        others = [d for d in range(weight.ndim) if d not in stay]
+        mean_weight = weight.detach().abs().mean(others, keepdim=True).float()
+        importance = mean_weight * (squares / norms.counts[id(weight)]).sqrt().view(mean_weight.shape)
+        add_positions(scores, program, dims, dim, lambda stay, x=importance: _summed(x, stay))  # type: ignore[misc]
     return scores
+
+
+def _summed(x: torch.Tensor, stay: set[int]) -> torch.Tensor:
+    others = [d for d in range(x.ndim) if d not in stay]
+    return x.sum(others, keepdim=True) if others else x

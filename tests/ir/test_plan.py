@@ -17,8 +17,14 @@ names = st.text(min_size=1, max_size=12)
 def plans(draw: st.DrawFn) -> Plan:
     sizes = draw(st.dictionaries(names, st.integers(1, 12), max_size=4))
     keep = {name: sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))) for name, size in sizes.items()}
+    under = {}
+    for name in draw(st.sets(st.sampled_from(sorted(sizes)))) if sizes else ():
+        under[name] = draw(names.filter(lambda other, name=name: other != name))
+        kept, rows = len(keep[name]), draw(st.integers(1, 3))
+        keep[name] = [sorted(draw(st.permutations(range(sizes[name])))[:kept]) for _ in range(rows)]
     skipped = draw(st.dictionaries(names, st.text(max_size=20), max_size=3))
-    return Plan(draw(st.floats(0, 0.99)), keep, sizes, skipped, draw(st.text(max_size=8)), draw(st.booleans()))
+    method, width = draw(st.text(max_size=8)), draw(st.booleans())
+    return Plan(draw(st.floats(0, 0.99)), keep, sizes, skipped, method, width, under)
 
 
 @given(plans())
@@ -41,6 +47,12 @@ def test_what_a_plan_looks_like() -> None:
     }
 
 
+def test_what_a_ragged_plan_looks_like() -> None:
+    plan = Plan(0.5, {"a": [[0, 2], [1, 2]]}, {"a": 4}, under={"a": "heads"})
+    assert json.loads(plan.to_json())["axes"] == {"a": {"size": 4, "under": "heads", "keep": [[0, 2], [1, 2]]}}
+    assert plan.widths() == {"a": (4, 2)}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -61,6 +73,17 @@ def test_what_a_plan_looks_like() -> None:
         {"axes": {"a": {"size": 4, "keep": "01"}}},
         {"axes": {"a": {"size": "4", "keep": [0]}}},
         {"axes": {"a": None}},
+        {"axes": {"a": {"size": 4, "keep": [[0], [1]]}}},
+        {"axes": {"a": {"size": 4, "keep": [0, 1], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[], []], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[0], 1], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[0], [1, 2]], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[0], [4]], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[1, 0], [0, 1]], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[[0]], [[1]]], "under": "b"}}},
+        {"axes": {"a": {"size": 4, "keep": [[0], [1]], "under": "a"}}},
+        {"axes": {"a": {"size": 4, "keep": [[0], [1]], "under": None}}},
         {"ratio": "much"},
         {"ratio": None},
         {"skipped": [1]},

@@ -80,7 +80,18 @@ def test_magnitude_sums_over_all_slices_of_a_structure(method: str, combine: Any
         for index in range(group.size):
             slices = owned(program, group, index)
             pieces = [parameters[n].index_select(d, where) for n, dims in slices.items() for d, where in dims]
-            assert program.need("scores")[group.name][index].item() == pytest.approx(combine(pieces).item(), rel=1e-5)
+            found = program.need("scores")[group.name][..., index]
+            if found.ndim == 0:
+                assert found.item() == pytest.approx(combine(pieces).item(), rel=1e-5)
+                continue
+            # Channels of a head: a slice has one position per head.
+            for head in range(4):
+                of_head = [
+                    parameters[n].index_select(d, where[head : head + 1])
+                    for n, dims in slices.items()
+                    for d, where in dims
+                ]
+                assert found[head].item() == pytest.approx(combine(of_head).item(), rel=1e-5)
 
 
 def test_a_head_owns_rows_biases_and_columns() -> None:
@@ -139,7 +150,36 @@ def test_wanda_sp_is_weight_times_activation() -> None:
     assert torch.allclose(scores[4], by_feature["o"].view(4, 3).sum(1), rtol=1e-4)
     widths = [g for g in program.need("prunable") if g.size == 3]
     of_values = next(g for g in widths if any(str(m) == "o.weight[1]" for m in g.members))
-    assert torch.allclose(program.scores[of_values.name], by_feature["o"].view(4, 3).sum(0), rtol=1e-4)
+    assert torch.allclose(program.scores[of_values.name], by_feature["o"].view(4, 3), rtol=1e-4)
+
+
+class Batched(nn.Module):
+    """Matrices in batches: one input for all of them, one of each, one matrix for all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 7, 10))
+        self.down = nn.Parameter(torch.randn(3, 10, 6))
+        self.last = nn.Parameter(torch.randn(1, 6, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = (x.flatten(0, 1) @ self.up).relu() @ self.down
+        return (hidden @ self.last).sum(0)
+
+
+def test_wanda_sp_of_a_batch_of_matrices() -> None:
+    """The statistics are those of each matrix: of all its rows, whatever they were broadcast to."""
+    torch.manual_seed(0)
+    net = Batched()
+    batches = [{"x": torch.randn(2, 6, 7)}, {"x": torch.randn(5, 4, 7) * 3}]
+    program = scored(net, method="wanda-sp", data=batches)
+    x = torch.cat([batch["x"].flatten(0, 1) for batch in batches])
+    hidden = (x @ net.up).relu()
+    out = hidden @ net.down
+    expected = net.down.abs().mean(2) * hidden.square().mean(1).sqrt()
+    assert torch.allclose(program.need("scores")["up[2]"], expected, rtol=1e-4)
+    expected = net.last[0].abs().mean(1) * out.square().mean((0, 1)).sqrt()
+    assert torch.allclose(program.need("scores")["down[2]"], expected, rtol=1e-4)
 
 
 def test_an_axis_without_a_consumer_weight_has_no_wanda_score_and_says_so() -> None:

@@ -106,6 +106,13 @@ def _attention(m: Any, h: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(h.shape[0], h.shape[1], -1)
 
 
+def _viewed_attention(m: Any, h: Tensor) -> Tensor:
+    q, k = (p(h).unflatten(-1, (m.heads, -1)).transpose(1, 2) for p in (m.q, m.k))
+    v = h.unflatten(-1, (m.heads, m.width)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=0.4).transpose(1, 2).contiguous()
+    return out.view(*h.shape[:2], m.heads * m.width)
+
+
 def _repeat_kv(m: Any, h: Tensor) -> Tensor:
     b, s, _ = h.shape
     x = h.view(b, s, m.kv, 1, m.width).expand(b, s, m.kv, m.groups, m.width)
@@ -115,6 +122,21 @@ def _repeat_kv(m: Any, h: Tensor) -> Tensor:
 def _repeat_kv_literal(m: Any, h: Tensor) -> Tensor:
     b, s, _ = h.shape
     return h.view(b, s, m.kv, 1, m.width).expand(-1, -1, -1, 2, -1).reshape(b, s, -1)
+
+
+def _asserted(m: Any, h: Tensor) -> Tensor:
+    assert h.shape[-1] == m.width
+    return h.relu()
+
+
+def _asserted_multiple(m: Any, h: Tensor) -> Tensor:
+    if h.shape[-1] % m.heads != 0:
+        raise ValueError("the width is no multiple of the heads")
+    return h.unflatten(-1, (m.heads, h.shape[-1] // m.heads)).sin().flatten(-2)
+
+
+def _attention_of_torch(m: Any, h: Tensor) -> Tensor:
+    return m.attention(h, h, h, need_weights=False)[0]
 
 
 def _write(m: Any, h: Tensor) -> Tensor:
@@ -246,6 +268,16 @@ CASES: dict[str, Case] = {
     "split_uneven": Case(
         lambda m, h: torch.cat(h.split(m.size, -1)[::-1], -1), [], "", attributes={"size": 10}, reachable=False
     ),
+    "split_with_a_rest": Case(
+        lambda m, h: h.split(m.size, -1)[0],
+        [],
+        "the last is smaller",
+        attributes={"size": 16},
+        after=16,
+        reachable=False,
+    ),
+    "narrow_from_the_end": Case(lambda m, h: h.narrow(-1, -m.n, m.n), [8, 16], after=8, attributes={"n": 8}),
+    "narrow_from_the_end_literal": Case(lambda m, h: h.narrow(-1, -8, 8), [16], "the number 8", after=8),
     "split_sizes": Case(_split_sizes, [4, 8, 12], attributes={"a": 4, "b": 8, "c": 12}),
     "split_sizes_tuple": Case(
         lambda m, h: torch.cat(h.split(m.sizes, dim=-1)[::-1], dim=-1), [4, 8, 12], attributes={"sizes": (4, 8, 12)}
@@ -452,6 +484,7 @@ CASES: dict[str, Case] = {
     "where_masked": Case(lambda m, h: torch.where(h > 0, h, h.sin()).masked_fill(h < -1, 0.5), [24]),
     "in_place": Case(lambda m, h: h.sin().mul_(h).add_(1.0).clamp_(-1, 2), [24]),
     "copies_and_casts": Case(lambda m, h: h.to(torch.float64) + h.type_as(h) + h.clone(), [24]),
+    "cast_by_name": Case(lambda m, h: h.float().to(h.dtype) + h.half().double(), [24]),
     "dropout": Case(lambda m, h: F.dropout(h, 0.5, m.training), [24]),
     "parameter_scale": Case(
         lambda m, h: h * m.scale, [24], attributes={"scale": lambda: nn.Parameter(torch.randn(24))}
@@ -529,12 +562,48 @@ CASES: dict[str, Case] = {
     # numbers that are more than sizes
     "scaled_by_width": Case(lambda m, h: h * h.shape[-1] ** -0.5, [], "enters the computation", reachable=False),
     "divided_by_width": Case(lambda m, h: h / h.shape[-1], [], "", reachable=False),
+    "branch_on_width": Case(
+        lambda m, h: h * (2.0 if h.shape[-1] > 20 else 0.5), [], "forward asks whether", reachable=False
+    ),
+    "branch_that_cannot_change": Case(lambda m, h: h * (2.0 if h.shape[-1] < 25 else 0.5), [24]),
+    "asserted_width": Case(_asserted, [24], attributes={"width": 24}),
+    "asserted_multiple": Case(_asserted_multiple, [4, 6], attributes={"heads": 4, "width": 6}),
+    "padded_to_a_multiple": Case(
+        lambda m, h: F.pad(h, (0, -h.shape[-1] % 5)), [], "shape[2] % 5", after=25, reachable=False
+    ),
+    "parity_of_width": Case(lambda m, h: h + (h.shape[-1] & 1), [], "enters the computation", reachable=False),
+    "multiplied_by_number_of_elements": Case(lambda m, h: h / h.numel(), [], "which cannot follow", reachable=False),
+    "multiplied_by_length": Case(lambda m, h: h * len(h.transpose(0, -1)), [], "enters", reachable=False),
+    "multiplied_by_int": Case(lambda m, h: h * int(h.shape[-1]), [], "enters", reachable=False),
+    "branch_on_remainder": Case(
+        lambda m, h: h * (2.0 if h.shape[-1] % 5 else 0.5), [], "asks whether", reachable=False
+    ),
+    "multiplied_by_width_of_what_is_cast": Case(
+        lambda m, h: h.float().to(h.dtype) * h.shape[-1], [], "which cannot follow", reachable=False
+    ),
+    "shape_of_what_is_cast": Case(lambda m, h: h.float().to(h.dtype).reshape(h.shape), [24]),
+    "looked_up_width": Case(lambda m, h: h * {24: 2.0}.get(h.shape[-1], 1.0), [], "", reachable=False),
+    "number_of_a_quotient": Case(lambda m, h: h * (h.shape[-1] // 3) ** -0.5, [], "enters", reachable=False),
     "multiplied_by_width": Case(lambda m, h: h * h.shape[-1], [], "", reachable=False),
     "scaled_by_attribute": Case(
         lambda m, h: (h.unflatten(-1, (m.heads, m.width)) * m.width**-0.5).flatten(-2),
         [4],
         "enters the computation",
         attributes=HEADS,
+    ),
+    "viewed_attention": Case(
+        _viewed_attention,
+        [4, 6],
+        others=[6],
+        attributes={**HEADS, "q": lambda: nn.Linear(24, 24), "k": lambda: nn.Linear(24, 24)},
+    ),
+    "multi_head_attention": Case(
+        _attention_of_torch,
+        [],
+        "which cannot follow",
+        others=[24],
+        attributes={"attention": lambda: nn.MultiheadAttention(24, 4, batch_first=True)},
+        reachable=False,
     ),
     # no rule
     "fft": Case(lambda m, h: torch.fft.fft(h).real, [], "aten.fft_fft.default has no rule", reachable=False),
