@@ -9,6 +9,8 @@ the full-size operator sees the removed indices and the sliced one does not.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,12 +75,28 @@ def _prove(program: Program, model: nn.Module, substitutes: dict[int, Substitute
         program.oracle_error = largest_difference(found, expected)
         if program.oracle_error <= TOLERANCE[_precision(program, dtype) or dtype]:
             return
+    _check_trace(program)
     raise GraphPruneError(
         f"The pruned {type(model).__name__} does not compute what the masked original computes: in float64 the largest "
         f"difference is {program.oracle_error:.3g} of the largest output. An axis rule is wrong for this model, or "
         "its forward uses a size where nothing can follow it (as text, as a key, as an index of a list, in numpy). "
         "Nothing was changed; please report it with the output of graphprune.inspect(model)."
     )
+
+
+def _check_trace(program: Program) -> None:
+    """With nothing removed the graph must compute what the model computes, or nothing can be proven with it."""
+    dense = copy.copy(program)
+    dense.plan = dataclasses.replace(program.need("plan"), keep={}, under={})
+    expected = masked_outputs(dense, torch.float64)
+    difference = largest_difference(model_outputs(dense, program.model, torch.float64, {}), expected)
+    if difference > TOLERANCE[torch.float64]:
+        raise GraphPruneError(
+            f"The graph that torch.export makes of {type(program.model).__name__} is not what the model computes: they "
+            f"differ by {difference:.3g} of the largest output before anything is removed, so nothing can be proven. "
+            "Its forward does something else while it is traced, or with these example inputs: pass others with "
+            "example_inputs=, such as the masks that its processor makes. Nothing was changed."
+        )
 
 
 def _precision(program: Program, wanted: torch.dtype) -> torch.dtype | None:

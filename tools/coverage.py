@@ -20,6 +20,7 @@ Exits with 1 on any WRONG, FORWARD or BUG.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ from graphprune.trace.inputs import example_inputs_for
 RATIO = 0.25
 SECONDS = 150  # for one type
 MEMORY = 8 << 30  # bytes of address space beyond what the parent has
+_COMMON = ("llava.modeling_llava", "whisper.modeling_whisper", "clip.modeling_clip")  # these import what most need
 BUGS = ("WRONG", "FORWARD", "BUG")
 CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
 # Where a type is registered several times, the class with the most of it is taken: a whole model before its backbone.
@@ -251,6 +253,8 @@ def _child(model_type: str, cls_name: str, to: Connection) -> None:
 
 def cover_all(types: dict[str, tuple[str, bool]], processes: int) -> Iterable[Result]:
     """Every type in a process of its own, forked from this one so that imports are paid once."""
+    for name in _COMMON:
+        importlib.import_module(f"transformers.models.{name}")
     context = multiprocessing.get_context("fork")
     waiting = list(types.items())
     running: dict[Any, tuple[Any, str, str, float]] = {}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-LARGEST = 20_000_000  # parameters
+LARGEST = 40_000_000  # parameters
 VOCABULARY = 199
 POSITIONS = 512
 EXPERTS = 8
@@ -36,16 +36,21 @@ _HEAD_WIDTH = re.compile(
 _EXPERTS = re.compile(r"(^|_)(experts|num_experts|n_routed_experts|expert_num|num_local_experts)$")
 _TOP = re.compile(r"(top_?k|experts_per_tok(en)?|moe_k|experts_per_token)$")
 _FIXED = re.compile(
-    r"(token_id|token_index|_idx|_id$|ids$|kernel|patch_size|num_channels|in_channels|audio_channels|out_channels_image|"
+    r"(token_id|token_index|_idx|_id$|patch_embed_hidden_size|ids$|kernel|patch_size|num_channels|in_channels|audio_channels|out_channels_image|"
     r"type_vocab|chunk_size|window|period|offset|interval|expand|dilation|stride|ratio|factor|level|groups?$|n_groups|"
     r"num_labels|n_langs|buckets|distance|sampling_rate|num_codebooks|bits|tp$|^seed$|pool|scale|mel_bins|frames|"
     r"batch|cycles|ngram|layer_start|layer_end|queries|iters|num_classes|feature_layer|hop_length|n_fft|conv_cache|"
     r"d_conv|_step$|num_hashes|before$|after$|merge|tiles|temporal|shared_experts|hc_|num_feature|lags|expansion)"
 )
+_QUERIES = re.compile(
+    r"(^|_)num_(object_)?queries($|_)|^num_query_tokens$|^query_length$|^num_latents$|^num_denoising$"
+)
+# Lists of layers whose outputs are read; the stages of a backbone count as layers.
+_LAYER_PLACES = ("out_indices", "backbone_out_indices", "feature_layers", "deepstack_visual_indexes")
 _FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")
 _WIDTH = re.compile(
     r"(size|dim|dims|width|d_model|d_ff|dff|ffn|inner|n_embd|n_inner|embd|channels?|rank|filters|features|planes|"
-    r"d_ssm|embed|hidden|units|sizes)$|_dim_|_size_|intermediate_size"
+    r"d_ssm|embed|hidden|units|sizes|channel_list|channels_list)$|_dim_|_size_|intermediate_size"
 )
 
 
@@ -58,6 +63,19 @@ _INDEXER = {
     "indexer_budget": 64,
     "indexer_compress_ratio": 4,
 }
+_FORECAST = {"prediction_length": 8, "context_length": 16, "lags_sequence": [1, 2, 3]}
+# Their default backbone is of another library, timm.
+_RESNET = {
+    "use_timm_backbone": False,
+    "backbone": None,
+    "backbone_config": {
+        "model_type": "resnet",
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 48, 64],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage1", "stage2", "stage3", "stage4"],
+    },
+}
 OPEN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
@@ -66,6 +84,14 @@ OPEN: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "autoformer": _FORECAST,
+    "informer": _FORECAST,
+    "time_series_transformer": _FORECAST,
+    "conditional_detr": _RESNET,
+    "deformable_detr": _RESNET,
+    "detr": _RESNET,
+    "table-transformer": _RESNET,
+    "omdet-turbo": _RESNET,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
@@ -122,6 +148,13 @@ def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedCon
                 yield kind(**_merged(settings, OPEN.get(model_type, {})))
             except Exception as error:  # noqa: BLE001
                 reasons.append(f"{type(error).__name__}: {error}")
+    # Last, with all widths as they are, only with fewer tokens and images; then the default itself.
+    for names in (("vocab_size", "image_size"), ()):
+        try:
+            settings = {n: v for n, v in _settings(default, 1, 1, False).items() if n in names} if default else {}
+            yield kind(**_merged(settings, OPEN.get(model_type, {})))
+        except Exception as error:  # noqa: BLE001
+            reasons.append(f"{type(error).__name__}: {error}")
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -137,7 +170,9 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     both = {
-        k: _merged(settings[k], v) for k, v in more.items() if isinstance(v, dict) and isinstance(settings.get(k), dict)
+        k: _merged(settings[k], v)
+        for k, v in more.items()
+        if isinstance(v, dict) and isinstance(settings.get(k), dict) and "model_type" not in v
     }
     return {**settings, **more, **both}
 
@@ -169,18 +204,46 @@ def _settings(config: PretrainedConfig, heads: int, width: int, with_kinds: bool
             }
         elif with_kinds and name in _KINDS and isinstance(value, (list, tuple)):
             out[name] = list(value[: layers_needed(config)])
+    places = vars(config).get("_out_indices")
+    if isinstance(places, (list, tuple)) and "depths" not in vars(config):
+        needed = layers_needed(config)
+        if max(places) > needed:
+            out["out_indices"] = list(range(needed - len(places) + 1, needed + 1))
     for name, value in _filled(config).items():
         if name in accepted and vars(config).get(name, 0) is None:
             out[name] = _number(name, value, config, heads, width, vocabulary)
-    return {name: value for name, value in out.items() if value != vars(config)[name] or isinstance(value, dict)}
+    _multimodal_rope(config, out)
+    return {name: value for name, value in out.items() if value != vars(config).get(name) or isinstance(value, dict)}
+
+
+def _multimodal_rope(config: PretrainedConfig, out: dict[str, Any]) -> None:
+    """Sections of the rotary width for time, height and width, where the default only implies them."""
+    rope = vars(config).get("rope_parameters")
+    wants = "mrope_section" in (getattr(type(config), "ignore_keys_at_rope_validation", None) or ())
+    if not wants or not isinstance(rope, dict) or "mrope_section" in rope:
+        return
+    new = {**vars(config), **out}
+    head = new.get("head_dim") or new["hidden_size"] // new["num_attention_heads"]
+    pairs = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
+    third = (3 * pairs) // 8
+    out["rope_parameters"] = {**rope, "mrope_section": [pairs - 2 * third, third, third]}
 
 
 def _filled(config: PretrainedConfig) -> dict[str, int]:
     """Numbers that some default configs leave open although their model needs them."""
     known = vars(config)
-    heads = known.get("num_attention_heads") or 8
+    heads = known.get("num_attention_heads")
+    heads = heads if isinstance(heads, int) and heads else 8
+    width = known.get("hidden_size")
+    placeholders = {
+        name: number
+        for number, part in enumerate(("image", "video", "audio"), start=5)
+        for name in (f"{part}_token_id", f"{part}_token_index")
+    }
     return {
-        "head_dim": (known.get("hidden_size") or 512) // heads,
+        **placeholders,
+        "vocab_size": VOCABULARY,
+        "head_dim": (width if isinstance(width, int) else 512) // heads,
         "num_key_value_heads": heads,
         "n_shared_experts": 1,
         "n_routed_experts": EXPERTS,
@@ -204,6 +267,14 @@ def _rope(settings: dict[str, Any], width: int) -> dict[str, Any]:
 def _number(name: str, value: int, config: PretrainedConfig, heads: int, width: int, vocabulary: int) -> int:
     if value <= 1:
         return value
+    if _QUERIES.search(name):
+        return min(value, 8)
+    if name == "num_frames":
+        return min(value, 4)
+    if name == "window_size" and "depths" in vars(config):  # an image has few patches then
+        return min(value, 2)
+    if name.endswith("groups") and value > 32:  # as many as channels
+        return max(1, value // (heads * width))
     if name.endswith("token_id") or name.endswith("token_index"):
         return value if value < vocabulary else vocabulary - 1 - value % 40
     if "vocab" in name and "type" not in name:
@@ -230,7 +301,7 @@ def _number(name: str, value: int, config: PretrainedConfig, heads: int, width: 
         return value
     if _FREE_WIDTH.search(name):  # tied to no other; some kernels want multiples
         return max(8, value // (heads * width) // 8 * 8)
-    if _WIDTH.search(name):
+    if _WIDTH.search(name) and value > 4:  # up to 4 are the channels of an image
         return max(1, value // (heads * width))
     return value
 
@@ -242,6 +313,10 @@ def _numbers(name: str, values: list[int], config: PretrainedConfig, heads: int,
         return [_image_size(config, v) for v in values]
     if name in ("intermediate_size", "num_attention_heads_per_layer"):  # one per layer
         values = values[: layers_needed(config)]
+    if name in _LAYER_PLACES:
+        return list(range(1, len(values) + 1))
+    if name in ("in_channels", "num_channels"):
+        return [v if v <= 4 else max(1, v // (heads * width)) for v in values]
     if name == "depths" or (_LAYERS.search(name) and "block" in name):
         return [min(v, 1) for v in values]
     return [_number(name, v, config, heads, width, vocabulary) for v in values]
@@ -258,7 +333,8 @@ _KINDS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 def layers_needed(config: PretrainedConfig) -> int:
     """How many layers show every kind of layer that the default config has: at least 2, at most 6."""
-    needed = 2
+    places = vars(config).get("_out_indices") or vars(config).get("backbone_out_indices")
+    needed = max(2, len(places)) if isinstance(places, (list, tuple)) else 2
     for name in _KINDS:
         kinds = vars(config).get(name)
         if isinstance(kinds, (list, tuple)) and kinds:

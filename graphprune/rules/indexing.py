@@ -52,6 +52,19 @@ def _index_by_mask(
     return out
 
 
+@rule(aten.masked_scatter, aten.masked_scatter_)
+def masked_scatter(r: Rule, x: Dims, mask: Dims, source: Dims) -> Dims:
+    """Where ``mask`` is true the elements of ``source`` are written one after the other.
+
+    A last dimension of the same size on both sides goes index by index only if the mask does not depend on it, which
+    the graph does not say; so all dimensions but those that give way to broadcasting are pinned.
+    """
+    for axis in (*x, *mask, *source):
+        if axis.size != 1:
+            r.pin(axis, "written where a mask says")
+    return x
+
+
 @rule(aten.index_select)
 def index_select(r: Rule, x: Dims, dim: int, indices: Dims) -> Dims:
     r.looked_up(x[dim], r.node.args[2])

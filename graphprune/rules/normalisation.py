@@ -59,6 +59,15 @@ def group_norm(
     return x
 
 
+@rule(aten._weight_norm)
+def weight_norm(r: Rule, direction: Dims, size: Dims, dim: int = 0) -> Dims:
+    """A weight as direction and length: the norm is taken over every dimension but ``dim``."""
+    for i, axis in enumerate(direction):
+        if i != dim % len(direction):
+            r.pin(axis, "normalised")
+    return r.broadcast(direction, size)
+
+
 @rule(aten.batch_norm, aten.instance_norm)
 def batch_norm(
     r: Rule, x: Dims, weight: Dims | None, bias: Dims | None, mean: Dims | None, variance: Dims | None, *options: Any

@@ -39,6 +39,7 @@ def _is_dims(value: Any) -> bool:
     aten.mish,
     aten.hardtanh,
     aten.hardtanh_,
+    aten.hardswish,
     aten.hardswish_,
     aten.hardsigmoid_,
     aten.relu_,
@@ -98,17 +99,18 @@ def pointwise(r: Rule, *args: Any, **kwargs: Any) -> Dims:
     return r.broadcast(*tensors)
 
 
+@rule(aten.type_as)
+def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
+    """Only the dtype of ``other`` is looked at."""
+    return x
+
+
 @rule(aten.dropout, aten.dropout_, aten.feature_dropout, aten.alpha_dropout)
 def dropout(r: Rule, x: Dims, p: float, train: bool) -> Dims:
     """Nothing in eval mode; a dropout that never rests draws a number for every index."""
     if train and p > 0:
         for axis in x:
             r.pin(axis, "random numbers are drawn along it")
-    return x
-
-
-@rule(aten.type_as)
-def type_as(r: Rule, x: Dims, other: Dims) -> Dims:
     return x
 
 

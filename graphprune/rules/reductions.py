@@ -83,7 +83,7 @@ def argmax(r: Rule, x: Dims, dim: int | None = None, keepdim: bool = False) -> D
 
 
 rule(aten.mean, aten.nanmean, aten.std, aten.var, aten.std_mean, aten.var_mean)(_reduction("averaged", Rule.statistic))
-rule(aten.norm, aten.linalg_vector_norm)(_reduction("a norm over it is taken", Rule.statistic))
+rule(aten.norm, aten.linalg_vector_norm, aten.linalg_norm)(_reduction("a norm over it is taken", Rule.statistic))
 
 
 @rule(aten.cumsum)

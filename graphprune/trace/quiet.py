@@ -58,13 +58,14 @@ def seeded(seed: int = 0) -> Iterator[None]:
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Run ``model`` without the user's forward hooks, so that tracing and verifying have no side effects.
 
+    The hooks of transformers itself stay: it collects hidden states by them, and backbones return those.
     The hooks by which torch itself computes weights (``torch.nn.utils.weight_norm`` and its like) stay.
     """
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     stash = [(module, kind, dict(getattr(module, kind))) for module in model.modules() for kind in kinds]
     for module, kind, hooks in stash:
         for key, hook in hooks.items():
-            if not type(hook).__module__.startswith("torch.nn.utils."):
+            if not _belongs_to_forward(hook):
                 del getattr(module, kind)[key]
     try:
         yield
@@ -96,3 +97,8 @@ def collected_later() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
+
+
+def _belongs_to_forward(hook: object) -> bool:
+    of_torch = type(hook).__module__.startswith("torch.nn.utils.")
+    return of_torch or str(getattr(hook, "__module__", "")).startswith("transformers.")

@@ -235,3 +235,18 @@ def test_other_shapes_and_nan_are_infinitely_far(other: list[torch.Tensor]) -> N
 
 def test_integer_outputs_must_be_equal() -> None:
     assert largest_difference([torch.tensor([4])], [torch.tensor([5])]) == 1.0
+
+
+class OtherWhenTraced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(7, 24), nn.Linear(24, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h.relu() if torch.compiler.is_exporting() else h.sin())
+
+
+def test_a_graph_that_is_not_the_model_is_told_from_a_wrong_rule() -> None:
+    with pytest.raises(GraphPruneError, match="before anything is removed"):
+        graphprune.compile(randomise(OtherWhenTraced()).double(), 0.3, example_inputs=X)

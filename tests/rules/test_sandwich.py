@@ -173,6 +173,20 @@ CASES: dict[str, Case] = {
     # views
     "nothing": Case(lambda m, h: h, [24]),
     "relu": Case(lambda m, h: h.relu(), [24]),
+    "hardswish": Case(lambda m, h: F.hardswish(h), [24]),
+    "type_as": Case(lambda m, h: h.type_as(torch.ops.aten.zeros([5], dtype=torch.float64)), [24]),
+    "masked_scatter": Case(
+        lambda m, h: h.masked_scatter(h > 0, h * 2), [], "written where a mask says", reachable=False
+    ),
+    "weight_norm": Case(
+        lambda m, h: m.conv(h.mT).mT,
+        [],
+        "normalised",
+        others=[12],
+        after=12,
+        attributes={"conv": lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(24, 12, 1), dim=0)},
+        reachable=False,
+    ),
     "attributes_follow": Case(
         lambda m, h: h.view(h.shape[0], h.shape[1], m.heads, m.width).sin().flatten(2), [4, 6], attributes=HEADS
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,26 @@ import pytest
 import torch
 from helpers import X, toy
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    CLIPConfig,
+    CLIPModel,
+    Dinov2Backbone,
+    Dinov2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LayoutLMConfig,
+    LayoutLMModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PatchTSTConfig,
+    PatchTSTModel,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+)
 
 import graphprune
 from graphprune import GraphPruneError
@@ -17,6 +37,10 @@ from graphprune.ir.axes import find
 from graphprune.trace.export import module_path, output_tensors, source_line, trace
 from graphprune.trace.inputs import example_inputs_for, normalise, odd_sizes
 from graphprune.trace.skeleton import copy_structure, names, tensors
+
+TEXT = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 61}
+SMALL = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 61,
+         "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}  # fmt: skip
 
 
 def test_every_node_knows_its_module_and_line() -> None:
@@ -151,6 +175,66 @@ def test_images_come_in_the_dtype_of_the_model() -> None:
     _, kwargs = example_inputs_for(ViTForImageClassification(config), torch.device("cpu"), torch.bfloat16)
     assert kwargs["pixel_values"].shape[1:] == (3, 16, 16)
     assert kwargs["pixel_values"].dtype == torch.bfloat16
+
+
+def test_a_backbone_that_has_run_before_still_returns_its_features() -> None:
+    """transformers collects them by hooks, which it puts there the first time that the model runs."""
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+    model = Dinov2Backbone(config).eval()
+    inputs = example_inputs_for(model, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        expected = model(**inputs[1]).feature_maps[0]
+    assert [tuple(out.meta["val"].shape) for out in trace(model, inputs).outputs] == [tuple(expected.shape)]
+    report = graphprune.report(graphprune.compile(model, 0.2))
+    assert report.oracle_error is not None
+    assert report.oracle_error <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (lambda: BartForConditionalGeneration(BartConfig(**SMALL)), {"input_ids", "decoder_input_ids"}),
+        (lambda: LayoutLMModel(LayoutLMConfig(**TEXT)), {"input_ids", "bbox"}),
+        (lambda: Wav2Vec2Model(Wav2Vec2Config(**TEXT, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3))),
+         {"input_values"}),
+        (lambda: PatchTSTModel(PatchTSTConfig(d_model=16, num_hidden_layers=1, num_input_channels=2)), {"past_values"}),
+        (lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config={**TEXT, "image_size": 16, "patch_size": 8})),
+         {"input_ids", "pixel_values"}),
+    ],
+)  # fmt: skip
+def test_inputs_of_every_kind_run(model: Callable[[], nn.Module], names: set[str]) -> None:
+    built = model().eval()
+    args, kwargs = example_inputs_for(built, torch.device("cpu"), torch.float32)
+    assert args == ()
+    assert set(kwargs) - {"use_cache"} == names
+    with torch.no_grad():
+        built(**kwargs)
+
+
+def test_an_image_gets_as_many_placeholders_as_it_has_features() -> None:
+    vision = {**TEXT, "image_size": 16, "patch_size": 8, "model_type": "clip_vision_model"}
+    text = {**TEXT, "model_type": "llama", "num_key_value_heads": 2}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=7))
+    _, kwargs = example_inputs_for(model.eval(), torch.device("cpu"), torch.float32)
+    assert ((kwargs["input_ids"] == 7).sum(1) == 4).all()
+    with torch.no_grad():
+        model(**kwargs)
+
+
+def test_random_tokens_have_no_meaning_of_their_own() -> None:
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=5, bos_token_id=0, eos_token_id=4, pad_token_id=3)
+    _, kwargs = example_inputs_for(GPT2LMHeadModel(config), torch.device("cpu"), torch.float32)
+    assert set(kwargs["input_ids"].flatten().tolist()) <= {1, 2}
+
+
+def test_an_argument_that_cannot_be_guessed_is_named() -> None:
+    class Needs(GPT2LMHeadModel):
+        def forward(self, input_ids, wind_speed):
+            return super().forward(input_ids)
+
+    model = Needs(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=61))
+    with pytest.raises(GraphPruneError, match=r"'wind_speed'.*example_inputs="):
+        example_inputs_for(model, torch.device("cpu"), torch.float32)
 
 
 def test_inputs_are_normalised() -> None:
