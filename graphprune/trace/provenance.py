@@ -349,7 +349,7 @@ def _open(function: FunctionType) -> FunctionType | None:
     Such a function begins by asking whether a mode wants to handle it as a whole; this copy does not ask. Methods of
     ``Tensor`` stay closed: what they call in C is looked up by name, and would find them again.
     """
-    asked = [name for name in _ASKS if name in function.__globals__]
+    asked = [name for name in _ASKS if name in function.__code__.co_names]
     if not asked or function.__module__ == "torch._tensor":
         return None
     world = {**function.__globals__, **dict.fromkeys(asked, _always_false)}

@@ -288,3 +288,17 @@ class _Counted(nn.Module):
 
 def test_attributes_go_together_with_numbers_that_depend_on_values() -> None:
     assert check_every_axis(_Counted(), torch.randn(3, 8)) == ["up.weight[0]"]
+
+
+class _Grid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, _columns = torch.meshgrid(torch.arange(3.0), torch.arange(8.0), indexing="ij")
+        return self.down(self.up(x + rows).relu())
+
+
+def test_functions_that_hand_over_to_others_are_traced() -> None:
+    assert check_every_axis(_Grid(), torch.randn(3, 8)) == ["up.weight[0]"]
