@@ -7,7 +7,7 @@ OUT ?= out/smollm2-pruned
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow fuzz lint bench setup clean
+.PHONY: demo test test-slow fuzz lint coverage bench setup clean
 
 demo: setup $(MODEL)
 	rm -rf $(OUT)
@@ -30,9 +30,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+coverage: setup
+	$(BIN)/pip install -q --disable-pip-version-check pillow
+	$(BIN)/python tools/coverage.py -o COVERAGE.md
+
 bench: setup
 	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
 	$(BIN)/python tools/bench_compile.py
+	$(BIN)/python tools/bench_depth.py
 
 setup: $(VENV)/.installed
 
