@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import graphprune
 from graphprune.cli import main
@@ -60,6 +60,27 @@ def test_width_and_its_plan(folder, tmp_path):
     assert main(["prune", str(folder), "--plan", str(plan), "-o", str(second)]) == 0
     a, b = graphprune.load(first).state_dict(), graphprune.load(second).state_dict()
     assert a["model.norm.weight"].numel() < 32
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_experts_and_their_plan(tmp_path):
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        num_local_experts=6,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixture")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["prune", str(tmp_path / "mixture"), "--ratio", "0.3", "--experts", "-o", str(first)]) == 0
+    plan = tmp_path / "plan.json"
+    plan.write_text(graphprune.report(graphprune.load(first)).plan.to_json())
+    assert main(["prune", str(tmp_path / "mixture"), "--plan", str(plan), "-o", str(second)]) == 0
+    a, b = graphprune.load(first).state_dict(), graphprune.load(second).state_dict()
+    assert len(a["model.layers.0.mlp.gate.weight"]) < 6
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

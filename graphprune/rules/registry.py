@@ -180,6 +180,7 @@ class Rule:
         """
         if self.experts:
             self._facts.selections.pins.append((axis, Pin(reason, self.where)))
+            self._facts.held.append((self.node, axis))
         else:
             self.pin(axis, reason)
 

@@ -59,6 +59,7 @@ def test_what_a_ragged_plan_looks_like() -> None:
         {"format": 2},
         {"format": None},
         {"width": 1},
+        {"experts": "yes"},
         {"axes": None},
         {"axes": []},
         {"axes": {"a": {"size": 4}}},

@@ -346,6 +346,18 @@ def test_axes_that_no_router_chooses_from_are_as_before() -> None:
     check_every_axis(mixture(body), X, experts=True)
 
 
+def test_no_axis_is_ragged_because_of_it() -> None:
+    """Softmax over the heads mixes them: their channels cannot be other ones in every head."""
+
+    class Heads(Mixture):
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.stem(x).unflatten(-1, (2, -1)).softmax(1).flatten(1))
+
+    found = graphprune.inspect(mixture(top2, Heads), example_inputs=X, inner_axes=True, experts=True)
+    assert "stem.weight[0].1" in {group.name for group in found.prunable}
+    assert found.ragged == {}
+
+
 def test_without_experts_nothing_changes() -> None:
     model = mixture(top2)
     inspection = graphprune.inspect(model, example_inputs=X)
