@@ -49,8 +49,20 @@ import graphprune
 from graphprune.errors import GraphPruneError
 from graphprune.trace.inputs import example_inputs_for
 
+INTRODUCTION = """# Coverage
+
+    make coverage
+
+Every model type in the auto classes of transformers, as a small random model made from its own default config, pruned
+by a quarter and compared with the masked original. *free*: the share of the non-embedding parameters that forward uses
+which lie on axes that may be pruned (without `width=True`). *axes*: what had to be pruned to reach a quarter, whole heads
+and channels (outer), also inner factors (inner), or also what norms are taken over (width). *oracle*: the largest
+difference from the masked original over the largest output. *generate*: greedy generation with a cache against without
+one. BUILD means that no small model can be built or run from a config alone, REFUSED that compile says why it does not
+prune; both with the reason. WRONG, FORWARD and BUG would be errors of graphprune."""
+
 RATIO = 0.25
-SECONDS = 150  # for one type
+SECONDS = 60  # for one type
 MEMORY = 8 << 30  # bytes of address space beyond what the parent has
 _COMMON = ("llava.modeling_llava", "whisper.modeling_whisper", "clip.modeling_clip")  # these import what most need
 BUGS = ("WRONG", "FORWARD", "BUG")
@@ -315,7 +327,8 @@ def main() -> int:
     parser.add_argument("--types", nargs="*", help="only these model types, to the terminal")
     parser.add_argument("--causal", action="store_true", help="only causal language models")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write every result there as well")
+    parser.add_argument("--lines", type=Path, help="write every result there as it comes, as a line of JSON")
+    parser.add_argument("--keep", type=Path, help="lines of an earlier run: what was OK there is not compiled again")
     parser.add_argument("-o", "--output", type=Path, help="write the tables there (COVERAGE.md)")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -324,22 +337,33 @@ def main() -> int:
         for name, value in registered().items()
         if (not options.types or name in options.types) and (value[1] or not options.causal)
     }
-    results = list(track(cover_all(types, options.processes), total=len(types), description="Compiling"))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    kept = [result for result in _read(options.keep) if result.status == "OK" and result.model_type in types]
+    done = {result.model_type for result in kept}
+    todo = {name: value for name, value in types.items() if name not in done}
+    start = time.perf_counter()
+    results = [*kept]
+    for result in track(cover_all(todo, options.processes), total=len(todo), description="Compiling"):
+        results.append(result)
+        if options.lines:
+            with options.lines.open("a") as out:
+                out.write(json.dumps(asdict(result)) + "\n")
     causal = [result for result in results if types[result.model_type][1]]
     others = [result for result in results if not types[result.model_type][1]]
     sections = [
         table(part, title) for part, title in ((causal, "Causal language models"), (others, "All others")) if part
     ]
-    text = "\n\n".join(
-        ["# Coverage", f"transformers {transformers.__version__}, torch {torch.__version__}.", *sections]
-    )
+    made = f"transformers {transformers.__version__}, torch {torch.__version__}; {len(todo)} types in "
+    made += f"{(time.perf_counter() - start) / 60:.0f} minutes with {options.processes} processes."
+    text = "\n\n".join([INTRODUCTION, made, *sections])
     if options.output:
         options.output.write_text(text + "\n")
     else:
         print(text)
     return int(any(result.status in BUGS for result in results))
+
+
+def _read(path: Path | None) -> list[Result]:
+    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path else []
 
 
 if __name__ == "__main__":
