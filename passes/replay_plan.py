@@ -34,6 +34,11 @@ def replay_plan(plan: Plan) -> Pass:
                     f"The plan leaves {plan.widths()[name][1]} of {name!r}, of which at least {group.minimum} must "
                     "stay: as many as a router chooses, or as forward needs to do the same."
                 )
+            if group.size % group.multiple == 0 and plan.widths()[name][1] % group.multiple:
+                raise GraphPruneError(
+                    f"The plan leaves {plan.widths()[name][1]} of {name!r}, where a kernel only takes multiples of "
+                    f"{group.multiple}."
+                )
             if name in plan.under:
                 _check_outer(program, ragged, plan, name)
         program.plan = plan

@@ -172,7 +172,10 @@ def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     both = {
         k: _merged(settings[k], v)
         for k, v in more.items()
-        if isinstance(v, dict) and isinstance(settings.get(k), dict) and "model_type" not in v
+        if isinstance(v, dict)
+        and isinstance(settings.get(k), dict)
+        and "model_type" not in v
+        and k != "rope_parameters"
     }
     return {**settings, **more, **both}
 

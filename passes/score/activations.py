@@ -66,7 +66,7 @@ class InputNorms(TorchFunctionMode):
             more = x.ndim - 2 - len(batch)
             x = x.movedim(tuple(range(more)), tuple(range(-2 - more, -2)))
         rows = x.movedim(dim, -1).flatten(len(batch), -2)
-        squares = torch.linalg.vector_norm(rows, dim=-2, dtype=torch.float32).square()
+        squares = torch.linalg.vector_norm(rows, dim=-2, dtype=torch.promote_types(rows.dtype, torch.float32)).square()
         squares = squares.sum_to_size((*batch, rows.shape[-1]))  # one matrix may see the rows of many
         self.squares[weight] = self.squares[weight] + squares if weight in self.squares else squares
         self.counts[weight] = self.counts.get(weight, 0) + rows.numel() // squares.numel()

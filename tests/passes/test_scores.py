@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import analyse, randomise
+from helpers import analyse, randomise, toy
 from torch import nn
 
+import graphprune
 from graphprune import GraphPruneError
 from graphprune.ir.axes import expand_mask, find
 from graphprune.ir.program import NodeGroup, Program
@@ -269,3 +270,10 @@ def test_too_little_text_is_refused() -> None:
 def test_a_foreign_tokenizer_is_refused() -> None:
     with pytest.raises(GraphPruneError, match="not this model's tokenizer"):
         _texts(Tokens(), data=["x" * 40], tokenizer=lambda text, **_: {"input_ids": [99] * len(text)})
+
+
+def test_activations_of_a_float64_model() -> None:
+    model = toy().double()
+    batches = [{"x": X.double()}]
+    pruned = graphprune.compile(model, 0.2, method="wanda-sp", data=batches, example_inputs=X.double())
+    assert graphprune.report(pruned).oracle_error < 1e-9

@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers import X, analyse, numel, randomise, toy
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.ir.plan import Plan
 from graphprune.ir.program import Options, Program
 from graphprune.passes import run_passes
 from graphprune.passes.find_removal_structures import find_removal_structures
@@ -180,3 +182,26 @@ def test_one_parameter_tensor_of_two_pruned_dimensions_counts_once() -> None:
     report = graphprune.report(pruned)
     assert report.plan.ratio == pytest.approx(report.ratio, abs=1e-12)
     assert numel(pruned) == report.parameters_after
+
+
+def test_widths_that_a_kernel_takes() -> None:
+    """Grouped products read rows of whole 16 bytes: four numbers in float32."""
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).eval()
+    report = graphprune.report(graphprune.compile(model, 0.3, include=["*.experts"]))
+    ((name, (before, after)),) = report.widths.items()
+    assert before == 24
+    assert after < 24
+    assert after % 4 == 0
+    plan = Plan(0.0, {name: list(range(22))}, {name: 24})
+    with pytest.raises(GraphPruneError, match="multiples of 4"):
+        graphprune.compile(model, plan=plan)
