@@ -47,6 +47,7 @@ from transformers.models.auto import modeling_auto
 
 import graphprune
 from graphprune.errors import GraphPruneError
+from graphprune.inspection import Inspection
 from graphprune.trace.inputs import example_inputs_for
 
 INTRODUCTION = """# Coverage
@@ -55,8 +56,8 @@ INTRODUCTION = """# Coverage
 
 Every model type in the auto classes of transformers, as a small random model made from its own default config, pruned
 by a quarter and compared with the masked original. *free*: the share of the non-embedding parameters that forward uses
-which lie on axes that may be pruned (without `width=True`). *axes*: what had to be pruned to reach a quarter, whole
-heads and channels (outer), also inner factors (inner), or also what norms are taken over (width). *oracle*: the largest
+which lie on axes that may be pruned, then also with `width=True`. *axes*: what had to be pruned to reach a quarter,
+whole heads and channels (outer), also inner factors (inner), or also what norms are taken over (width). *oracle*: the largest
 difference from the masked original over the largest output. *generate*: greedy generation with a cache against without
 one. BUILD means that no small model can be built or run from a config alone, REFUSED that compile says why it does not
 prune; both with the reason. WRONG, FORWARD and BUG would be errors of graphprune."""
@@ -90,7 +91,11 @@ MAPPINGS = (
 
 @dataclass
 class Result:
-    """What became of one type. ``share``: of the non-embedding parameters that forward uses, those on a free axis."""
+    """What became of one type.
+
+    ``share``: of the non-embedding parameters that forward uses, those on a free axis; ``share_with_width`` with what
+    norms are taken over.
+    """
 
     model_type: str
     cls: str
@@ -98,6 +103,7 @@ class Result:
     reason: str = ""
     parameters: int = 0
     share: float = 0.0
+    share_with_width: float = 0.0
     ratio: float = 0.0
     error: float = 0.0
     seconds: float = 0.0
@@ -123,17 +129,17 @@ def cover(model_type: str, cls_name: str) -> Result:
     """Build, compile and compare one type; never raises."""
     out = Result(model_type, cls_name, "BUILD")
     try:
-        model = _running_model(model_type, getattr(transformers, cls_name))
+        model, inputs = _running_model(model_type, getattr(transformers, cls_name))
     except (CannotBuild, ImportError, AttributeError, GraphPruneError) as error:
         out.reason = _line(error)
         return out
     out.parameters = sum(p.numel() for p in model.parameters())
     try:
-        pruned = _compiled(model, out)
+        pruned = _compiled(model, inputs, out)
     except GraphPruneError as error:
         out.status, out.reason = _status_of(error), _line(error)
         if "cannot be reached" in out.reason:
-            _look(model, out)
+            _look(model, inputs, out)
         return out
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
         traceback.print_exc()
@@ -141,7 +147,7 @@ def cover(model_type: str, cls_name: str) -> Result:
         return out
     report = graphprune.report(pruned)
     out.status, out.ratio, out.error = "OK", report.ratio, report.oracle_error or 0.0
-    _look(model, out)
+    _look(model, inputs, out)
     _generation(model, pruned, out)
     return out
 
@@ -154,11 +160,11 @@ REACH: dict[str, dict[str, bool]] = {
 }
 
 
-def _compiled(model: nn.Module, out: Result) -> nn.Module:
+def _compiled(model: nn.Module, inputs: Any, out: Result) -> nn.Module:
     for out.axes, options in REACH.items():
         start = time.perf_counter()
         try:
-            pruned = graphprune.compile(model, RATIO, method="random", **options)
+            pruned = graphprune.compile(model, RATIO, method="random", example_inputs=inputs, **options)
         except GraphPruneError as error:
             if "cannot be reached" not in str(error) or out.axes == list(REACH)[-1]:
                 raise
@@ -168,18 +174,26 @@ def _compiled(model: nn.Module, out: Result) -> nn.Module:
     return pruned
 
 
-def _running_model(model_type: str, cls: type[nn.Module]) -> nn.Module:
-    """The first tiny model whose own forward runs on example inputs."""
+def _running_model(model_type: str, cls: type[nn.Module]) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The first tiny model whose own forward runs on example inputs, and these if they are not those that it finds."""
     reason: Exception | None = None
     for model in tiny_models(model_type, cls):
-        args, kwargs = example_inputs_for(model, torch.device("cpu"), torch.float32)
-        try:
-            with torch.no_grad():
-                model(*args, **kwargs)
-            return model
-        except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
-            reason = reason or error
+        _, found = example_inputs_for(model, torch.device("cpu"), torch.float32)
+        for inputs in (None, *_more_rows(model, found)):
+            try:
+                with torch.no_grad():
+                    model(**(inputs or found))
+                return model, inputs
+            except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
+                reason = reason or error
     raise CannotBuild(f"it does not run: {type(reason).__name__}: {reason}")
+
+
+def _more_rows(model: nn.Module, inputs: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Sound in several codebooks comes with as many rows for every item of a batch."""
+    codebooks = getattr(model.config, "num_codebooks", None)
+    if isinstance(codebooks, int) and codebooks > 1:
+        yield {k: torch.cat([v] * codebooks) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 
 def _status_of(error: GraphPruneError) -> str:
@@ -191,13 +205,16 @@ def _status_of(error: GraphPruneError) -> str:
     return "BUG" if "bug in graphprune" in text else "REFUSED"
 
 
-def _look(model: nn.Module, out: Result) -> None:
-    found = graphprune.inspect(model, inner_axes=True)
+def _look(model: nn.Module, inputs: Any, out: Result) -> None:
+    found = graphprune.inspect(model, inner_axes=True, example_inputs=inputs)
     unused = {m.tensor for group in found.groups for m in group.members if "not used by forward" in group.pins}
     sizes = {name: size for name, size in non_embedding(model).items() if name not in unused}
-    on = {member.tensor for group in found.prunable for member in group.members}
-    out.share = sum(size for name, size in sizes.items() if name in on) / max(1, sum(sizes.values()))
+    out.share = _free_share(found, sizes)
+    out.share_with_width = _free_share(
+        graphprune.inspect(model, inner_axes=True, width=True, example_inputs=inputs), sizes
+    )
     out.unruled = tuple(f"{name} ({len(places)}×, {places[0]})" for name, places in found.unruled.items())
+    on = {member.tensor for group in found.prunable for member in group.members}
     held: Counter[str] = Counter()
     for group in found.groups:
         if group.name in found.skipped:
@@ -205,6 +222,11 @@ def _look(model: nn.Module, out: Result) -> None:
                 if member.tensor in sizes and member.tensor not in on:
                     held[f"{group.name}: {found.skipped[group.name]}"] += sizes[member.tensor]
     out.pinned = tuple(f"{size:,} {reason}" for reason, size in held.most_common(6))
+
+
+def _free_share(found: Inspection, sizes: dict[str, int]) -> float:
+    on = {member.tensor for group in found.prunable for member in group.members}
+    return sum(size for name, size in sizes.items() if name in on) / max(1, sum(sizes.values()))
 
 
 def _generation(model: nn.Module, pruned: nn.Module, out: Result) -> None:
@@ -296,7 +318,8 @@ def table(results: list[Result], title: str) -> str:
     """One Markdown section: the counts, then a row per type."""
     counts = Counter(result.status for result in results)
     ok = [result for result in results if result.status == "OK"]
-    wide = sum(result.share >= 0.95 for result in ok)
+    free = sum(result.share >= 0.95 for result in ok)
+    wide = sum(result.share_with_width >= 0.95 for result in ok)
     seconds = sorted(result.seconds for result in ok)
     lines = [
         f"## {title}",
@@ -305,16 +328,20 @@ def table(results: list[Result], title: str) -> str:
     ]
     if ok:
         lines.append(
-            f"In {wide} of the {len(ok)} OK ones at least 95% of the non-embedding parameters that forward uses lie on "
-            f"free axes. Median compile time {seconds[len(seconds) // 2]:.2f} s."
+            f"Of the {len(ok)} OK ones, {free} have at least 95% of the non-embedding parameters that forward uses on "
+            f"free axes, {wide} with `width=True`. Median time of a compile {seconds[len(seconds) // 2]:.2f} s."
         )
     lines += [
         "",
-        "| type | class | | free | ratio | axes | oracle | generate | s | |",
-        "|---|---|---|--:|--:|---|--:|---|--:|---|",
+        "| type | class | | free | with width | ratio | axes | oracle | generate | s | |",
+        "|---|---|---|--:|--:|--:|---|--:|---|--:|---|",
     ]
     for r in sorted(results, key=lambda result: result.model_type):
-        figures = f"{r.share:.1%} | {r.ratio:.3f} | {r.axes} | {r.error:.0e}" if r.status == "OK" else " | | | "
+        figures = (
+            f"{r.share:.1%} | {r.share_with_width:.1%} | {r.ratio:.3f} | {r.axes} | {r.error:.0e}"
+            if r.status == "OK"
+            else " | | | | "
+        )
         note = (r.reason or (r.pinned[0] if r.share < 0.95 and r.pinned else "")).replace("|", "/")[:160]
         lines.append(
             f"| {r.model_type} | {r.cls} | {r.status} | {figures} | {r.generates} | {r.seconds:.1f} | {note} |"
