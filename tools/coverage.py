@@ -57,15 +57,15 @@ INTRODUCTION = """# Coverage
 Every model type in the auto classes of transformers, as a small random model made from its own default config, pruned
 by a quarter and compared with the masked original.
 
-- *free*: the share of the non-embedding parameters that forward uses which lie on axes that may be pruned; *with width*:
-  the same with `width=True`;
-- *axes*: what had to be pruned to reach a quarter: whole heads and channels (outer), also inner factors (inner), or also
-  what norms are taken over (width);
+- *free*: the share of the non-embedding parameters that forward uses which lie on axes that may be pruned;
+- *with width*: the same with `width=True`;
+- *axes*: what had to be pruned to reach a quarter: whole heads and channels (outer), also inner factors (inner), or
+  also what norms are taken over (width);
 - *oracle*: the largest difference from the masked original over the largest output;
 - *generate*: greedy generation with a cache against without one.
 
-BUILD means that no small model can be built or run from a config alone, REFUSED that compile says why it does not prune;
-both with the reason. WRONG, FORWARD and BUG would be errors of graphprune."""
+BUILD means that no small model can be built or run from a config alone, REFUSED that compile says why it does not
+prune; both with the reason. WRONG, FORWARD and BUG would be errors of graphprune."""
 
 RATIO = 0.25
 SECONDS = 60  # for one type

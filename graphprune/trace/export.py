@@ -35,7 +35,7 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
-from graphprune.trace.quiet import unchecked_distributions, without_autocast, without_hooks
+from graphprune.trace.quiet import idle_conversions, unchecked_distributions, without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 from graphprune.trace.writes import written_placeholders
 
@@ -235,7 +235,7 @@ def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
 
 @contextmanager
 def _undisturbed(skeleton: nn.Module) -> Iterator[None]:
-    with without_hooks(skeleton), without_autocast(), unchecked_distributions():
+    with without_hooks(skeleton), without_autocast(), unchecked_distributions(), idle_conversions():
         yield
 
 

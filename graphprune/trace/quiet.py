@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,3 +103,25 @@ def collected_later() -> Iterator[None]:
 def _belongs_to_forward(hook: object) -> bool:
     of_torch = type(hook).__module__.startswith("torch.nn.utils.")
     return of_torch or str(getattr(hook, "__module__", "")).startswith("transformers.")
+
+
+@contextmanager
+def idle_conversions() -> Iterator[None]:
+    """``module.to(what it is already)`` inside does nothing: torch cannot exchange parameters while it traces."""
+    plain = nn.Module.to
+
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        held = (*module.parameters(), *module.buffers())
+        as_wanted = all(
+            (device is None or tensor.device == device)
+            and (dtype is None or tensor.dtype == dtype or not tensor.is_floating_point())
+            for tensor in held
+        )
+        return module if as_wanted else plain(module, *args, **kwargs)
+
+    nn.Module.to = to  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = plain  # type: ignore[method-assign]

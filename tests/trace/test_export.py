@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, toy
+from helpers import X, check_every_axis, toy
 from torch import nn
 from transformers import (
     BartConfig,
@@ -267,3 +267,24 @@ def test_a_failed_trace_says_it_once(capfd):
     with pytest.raises(GraphPruneError, match="values of a tensor"):
         trace(Branches(), ((torch.randn(3, 4),), {}))
     assert capfd.readouterr() == ("", "")
+
+
+class _Converting(nn.Module):
+    """Converts a part of itself, and draws from a distribution that checks its arguments, in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.up = self.up.to(x.dtype)
+        out = self.down(self.up(x).relu())
+        return torch.distributions.Categorical(logits=out).entropy()
+
+
+def test_what_torch_cannot_trace_of_a_forward_is_stilled() -> None:
+    model = _Converting()
+    checks = torch.distributions.Distribution._validate_args
+    assert check_every_axis(model, torch.randn(3, 8)) == ["up.weight[0]"]
+    assert torch.distributions.Distribution._validate_args == checks
+    assert nn.Module.to.__module__ == "torch.nn.modules.module"
