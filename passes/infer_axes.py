@@ -38,6 +38,8 @@ def infer_axes(program: Program) -> None:
                 axes.values[node] = _placeholder(found, axes, node)
             elif node.op == "call_function":
                 axes.values[node] = _call(found, axes, node, program.options)
+            elif node.op == "get_attr":  # an object that some operator takes, no tensor
+                axes.values[node] = None
     for name, node in found.rebound.items():
         for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
             unify(axis, other)

@@ -120,13 +120,13 @@ def _wanted(ask: _Ask) -> list[str]:
     """The names of the arguments to give, in the order of the signature."""
     known = [name for name in ask.parameters if name in _MAKERS]
     required = [n for n, p in ask.parameters.items() if p.default is p.empty and p.kind not in _VARIADIC]
-    main = getattr(ask.model, "main_input_name", None)
-    wanted = set(required)
-    if main in ask.parameters:
-        if main not in _MAKERS:
-            raise _cannot(ask, main)
-        wanted.add(main)
-    elif not required and known:
+    said = getattr(ask.model, "main_input_name", None)
+    main = [name for name in (said if isinstance(said, (list, tuple)) else [said]) if name in ask.parameters]
+    wanted = {*required, *main}
+    for name in main:
+        if name not in _MAKERS:
+            raise _cannot(ask, name)
+    if not main and not required and known:
         wanted.add(known[0])
     if getattr(ask.config, "is_encoder_decoder", False):
         wanted |= {"decoder_input_ids"} & set(known)

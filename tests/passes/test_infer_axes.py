@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from helpers import check_every_axis
+from helpers import analyse, check_every_axis
 from torch import nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import graphprune
 
@@ -49,3 +50,24 @@ def test_what_is_flattened_together_with_unknown_rows_is_pinned():
     found = graphprune.inspect(Flattened(), example_inputs=torch.randn(3, 5, 6))
     assert not found.prunable
     assert "flatten" in found.skipped["first.weight[0]"]
+
+
+class Mapped(nn.Module):
+    """Looks up in a function over a batch, as masks are made: an operator that takes an object that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        places = torch.arange(5)
+        with TransformGetItemToIndex():
+            rows = torch.vmap(lambda place: places[place] > 2)(places)
+        return self.last(self.first(x).relu()) * rows[:, None]
+
+
+def test_operators_that_take_objects_are_traced():
+    x = torch.randn(3, 5, 6)
+    program = analyse(Mapped(), x)
+    assert any(node.op == "get_attr" for node in program.need("trace").graph.nodes)
+    assert check_every_axis(Mapped(), x) == ["first.weight[0]"]
