@@ -77,6 +77,7 @@ _RESNET = {
     },
 }
 OPEN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": {"use_sliding_window": False}, "vision_config": {"pyramid_num_routed": [-1, 4]}},
@@ -92,11 +93,14 @@ OPEN: dict[str, dict[str, Any]] = {
     "detr": _RESNET,
     "table-transformer": _RESNET,
     "omdet-turbo": _RESNET,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 64], "axial_pos_embds_dim": [4, 12]},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
 }
 
