@@ -309,8 +309,11 @@ class SizeRecorder(TorchFunctionMode):
             return int(self._size_of(args[0], 0, _SHAPE_GETTER(args[0])[0]))
         opened = _open(func) if isinstance(func, FunctionType) else None
         if opened is not None:
-            with self:
-                return opened(*args, **kwargs)
+            try:
+                with self:
+                    return opened(*args, **kwargs)
+            finally:
+                self.in_forward = True  # which leaving ended
         self._number += 1
         number = self._number
         self.in_forward = False

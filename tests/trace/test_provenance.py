@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx.traceback as fx_traceback
-from helpers import X, check_every_axis, prunable, snapshot
+from helpers import X, check_every_axis, look, prunable, snapshot
 from torch import Tensor, nn
 
 import graphprune
@@ -302,3 +302,21 @@ class _Grid(nn.Module):
 
 def test_functions_that_hand_over_to_others_are_traced() -> None:
     assert check_every_axis(_Grid(), torch.randn(3, 8)) == ["up.weight[0]"]
+
+
+class _AfterPython(nn.Module):
+    """A size as a number, behind a torch function that is written in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.mix = nn.Linear(8, 12), nn.Linear(12, 8), nn.Parameter(torch.randn(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        beside = torch.tensordot(x, self.mix, 1)
+        return self.down(hidden * int(hidden.shape[-1])) + beside.sum()
+
+
+def test_numbers_behind_functions_written_in_python_pin() -> None:
+    found = look(_AfterPython(), torch.randn(3, 8))
+    assert "enters the computation" in found.skipped["up.weight[0]"]
