@@ -41,7 +41,8 @@ def build_node_groups(program: Program) -> None:
                     group.outer = False
     for group in groups.values():
         group.modules = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in group.members))
-    for leaf in axes.more_than_one & groups.keys():
+    joined = {leaf for axis in axes.facts.careful for leaf in leaves(axis)}
+    for leaf in (axes.more_than_one | joined) & groups.keys():
         groups[leaf].careful = 2
     for axis, of in axes.facts.multiples:
         for leaf in set(leaves(axis)) & groups.keys():

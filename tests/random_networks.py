@@ -1410,7 +1410,7 @@ def random_network(seed: int, most_steps: int = 8) -> Network:
             try:
                 make(b, x)
                 steps.append(name)
-            except RuntimeError:  # shapes or strides that do not fit: the step is left out
+            except (RuntimeError, ValueError):  # shapes or strides that do not fit: the step is left out
                 del b.forward[before[0] :], b.pool[before[1] :]
     _heads(b)
     return Network(_needed(b.init, b.forward), tuple(b.forward), shape, tokens, seed, tuple(steps))

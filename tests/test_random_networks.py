@@ -18,7 +18,7 @@ from torch import nn
 
 import graphprune
 from graphprune import GraphPruneError, Plan
-from graphprune.ir.program import Program
+from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes import pipelines, run_passes
 from graphprune.passes.follow_sizes import follow_sizes
 from graphprune.passes.replay_plan import replay_plan
@@ -37,7 +37,7 @@ def check(network: Network) -> list[str]:
     random = Random(network.seed)
     gone = {}
     for group in program.need("prunable"):
-        gone[group.name] = (group.size, random.sample(range(group.size), random.randint(1, group.size - 1)))
+        gone[group.name] = (group.size, random.sample(range(group.size), random.randint(1, group.size - _least(group))))
         _emit(program, plan_removing({group.name: gone[group.name]}), group.name)
     if gone:
         plan = plan_removing(gone)
@@ -54,6 +54,10 @@ def check(network: Network) -> list[str]:
         run_passes(program, (replay_plan(plan), follow_sizes, *pipelines.EMIT_IN_PLACE))
         _same(model, pruned)
     return list(gone)
+
+
+def _least(group: NodeGroup) -> int:
+    return max(group.minimum, group.careful)
 
 
 def _emit(program: Program, plan: Plan, what: str) -> nn.Module:

@@ -56,7 +56,7 @@ class NodeGroup:
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
     which is more than 1 where a kernel demands it, and at least ``minimum``. A planner leaves at least ``careful``:
-    with fewer, forward takes another branch, which need not compute the same.
+    with fewer, forward takes another branch or memory another layout, which need not work the same.
     """
 
     name: str

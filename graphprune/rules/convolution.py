@@ -21,8 +21,8 @@ def _convolve(r: Rule, x: Dims, weight: Dims, bias: Dims | None, groups: Any) ->
         outer, inner = factor(x[channel], (group.size, x[channel].size // group.size))
         out_group, _out = factor(weight[0], (group.size, weight[0].size // group.size))
     except Misaligned as error:
-        r.pin(x[channel], str(error))
-        r.pin(weight[0], str(error))
+        for axis in (x[channel], weight[0], weight[1]):
+            r.pin(axis, str(error))
     else:
         r.same(outer, group)
         r.same(out_group, group)

@@ -124,6 +124,7 @@ class Facts:
     size_uses: list[SizeUse] = field(default_factory=list)
     equal_sizes: list[tuple[list[Axis], str]] = field(default_factory=list)
     multiples: list[tuple[Axis, int]] = field(default_factory=list)
+    careful: list[Axis] = field(default_factory=list)  # of which a planner leaves two
     minimums: list[tuple[Axis, int]] = field(default_factory=list)  # how many indices must stay
     statistics: list[fx.Node] = field(default_factory=list)  # whose statistic is to be taken over what is kept
     selections: Selections = field(default_factory=Selections)
@@ -292,6 +293,10 @@ class Rule:
         """The kernel of this operator only takes sizes of ``axis`` that are multiples of ``of``."""
         if of > 1:
             self._facts.multiples.append((axis, of))
+
+    def keep_two(self, axis: Axis) -> None:
+        """With one index left, memory may be laid out otherwise than with more, and a later ``view`` fail."""
+        self._facts.careful.append(axis)
 
     def at_least(self, axis: Axis, minimum: int) -> None:
         """So many indices of the axis, and of every leaf below it, must stay."""

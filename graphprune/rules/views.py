@@ -44,6 +44,8 @@ def reshape(r: Rule, x: Dims, shape: Sequence[Any], *options: Any, sizes_from: D
     if 0 in wanted:
         return tuple(r.fresh(size, "empty") for size in wanted)
     for left, right in blocks([axis.size for axis in x], wanted):
+        for i in left[1:]:  # behind a transposition, joining copies; but not when there is nothing to step over
+            r.keep_two(x[i])
         whole = product(x[i] for i in left)
         try:
             pieces = factor(whole, [wanted[i] for i in right])
@@ -73,6 +75,8 @@ def flatten(r: Rule, x: Dims, start: int = 0, end: int = -1) -> Dims:
     if not x:
         return (Axis(1),)
     start, end = start % len(x), end % len(x)
+    for axis in x[start + 1 : end + 1]:
+        r.keep_two(axis)
     return (*x[:start], product(x[start : end + 1]), *x[end + 1 :])
 
 

@@ -310,6 +310,8 @@ def _read(
     escapes = [*recorder.escapes, *unmatched]
     copies, gone = unroll(program.graph, {name: by_name[placeholder] for placeholder, name in tensor_names.items()})
     _repeat_facts(copies, gone, sized_args, call_outputs, escapes)
+    # What was matched before blocks were unrolled still names the nodes that are gone.
+    sized_args = {node: fx.node.map_arg(found, lambda n: gone.get(n, n)) for node, found in sized_args.items()}
     written = {tensor_names[node.name] for node in written_placeholders(program.graph) if node.name in tensor_names}
     outputs = [gone.get(node, node) for node in outputs]
     plain = len(outputs) - len(replaced)
