@@ -243,7 +243,7 @@ CASES: dict[str, Case] = {
         reachable=False,
     ),
     "squeeze_unsqueeze": Case(lambda m, h: h.unsqueeze(1).cos().squeeze(1), [24]),
-    "expand_to_groups": Case(_repeat_kv, [4, 6], others=[2], attributes={"kv": 4, "groups": 2, "width": 6}, after=48),
+    "expand_to_groups": Case(_repeat_kv, [4, 6], others=[3], attributes={"kv": 4, "groups": 3, "width": 6}, after=72),
     "expand_literal_groups": Case(
         _repeat_kv_literal,
         [4, 6],
