@@ -282,7 +282,7 @@ def spectrally_normalised_by_a_hook(m: Any, x: Tensor) -> Tensor:
     return m.rest(m.a(x))
 
 
-@case("b.weight[0]", setup=lambda m: nn.utils.weight_norm(m.a))
+@case("a.bias[0]", "b.weight[0]", setup=lambda m: nn.utils.weight_norm(m.a))
 def weights_normalised_by_a_hook(m: Any, x: Tensor) -> Tensor:
     return m.rest(m.a(x))
 

@@ -41,7 +41,7 @@ from graphprune.trace.writes import written_placeholders
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_LIBRARY = ("/torch/", "/graphprune/trace/", "/torch\\")
+_LIBRARY = ("/torch/", "/graphprune/trace/", "/contextlib.py", "/torch\\")
 
 
 @dataclass(frozen=True)

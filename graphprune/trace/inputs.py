@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.quiet import eval_mode, without_hooks
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -43,8 +44,9 @@ def odd_sizes(model: nn.Module, how_many: int) -> list[int]:
 def example_inputs_for(model: nn.Module, device: torch.device, dtype: torch.dtype) -> Inputs:
     """Inputs for a Hugging Face model, found from its ``main_input_name``, its forward signature and its config.
 
-    Given are the main input, every argument without a default, what an encoder-decoder or a model with several towers
-    needs besides, and for a language model with a vision or audio tower as many placeholder tokens as it has features.
+    Given are the main input, every argument without a default, what a model that decodes what it encoded or that has
+    several towers needs besides, and for a language model that sees or hears as many placeholder tokens as it has
+    features.
 
     Raises :class:`GraphPruneError` when the model's forward needs something that cannot be guessed.
     """
@@ -438,13 +440,16 @@ def _add_placeholders(ask: _Ask) -> None:
         ask.made["input_ids"] = torch.cat([ask.made["input_ids"][:, :1], row, ask.made["input_ids"][:, 1:]], 1)
 
 
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
+
 def _count_features(ask: _Ask, method: str, name: str, value: torch.Tensor) -> int | None:
     """How many vectors an image or a sound becomes; none if the model cannot say it from that alone."""
     first = next(ask.model.parameters())
     try:
-        with torch.no_grad():
+        with eval_mode(ask.model), without_hooks(ask.model):
             out = getattr(ask.model, method)(**{name: value.to(first.device)})
-    except Exception:  # noqa: BLE001  (it wants more than that: the text alone will do)
+    except _REFUSALS:  # it wants more than that: the text alone will do
         return None
     found = getattr(out, "pooler_output", out)
     if isinstance(found, torch.Tensor):
