@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import eval_mode, without_hooks
+from graphprune.trace.quiet import eval_mode
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -447,7 +447,7 @@ def _count_features(ask: _Ask, method: str, name: str, value: torch.Tensor) -> i
     """How many vectors an image or a sound becomes; none if the model cannot say it from that alone."""
     first = next(ask.model.parameters())
     try:
-        with eval_mode(ask.model), without_hooks(ask.model):
+        with eval_mode(ask.model):
             out = getattr(ask.model, method)(**{name: value.to(first.device)})
     except _REFUSALS:  # it wants more than that: the text alone will do
         return None
