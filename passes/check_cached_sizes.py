@@ -12,11 +12,8 @@ from graphprune.passes.base import compiler_pass
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced_shape
 from graphprune.trace.backends import use_portable
 from graphprune.trace.inputs import Inputs
-from graphprune.trace.quiet import eval_mode, without_hooks
+from graphprune.trace.quiet import REFUSALS, eval_mode, without_hooks
 from graphprune.trace.skeleton import copy_structure
-
-# What code says of shapes that do not fit, or of tensors without values.
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
 
 
 class UntracedSizes(GraphPruneError):
@@ -33,7 +30,7 @@ def check_cached_sizes(program: Program) -> None:
         return
     try:
         _run_with_cache(_pruned_shapes(program), program.inputs)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         if _runs_with_cache(copy_structure(program.model, _to_meta), program.inputs):
             raise UntracedSizes(
                 f"{type(program.model).__name__} runs without a cache when pruned like this, but not with one: {error}"
@@ -66,6 +63,6 @@ def _run_with_cache(model: nn.Module, inputs: Inputs) -> None:
 def _runs_with_cache(model: nn.Module, inputs: Inputs) -> bool:
     try:
         _run_with_cache(model, inputs)
-    except _REFUSALS:
+    except REFUSALS:
         return False
     return True

@@ -72,46 +72,44 @@ def index_select(r: Rule, x: Dims, dim: int, indices: Dims) -> Dims:
     return (*x[:dim], *(indices or (r.fresh(1),)), *x[dim + 1 :])
 
 
-@rule(aten.gather)
-def gather(r: Rule, x: Dims, dim: int, indices: Dims, **options: Any) -> Dims:
-    r.looked_up(x[dim], r.node.args[2])
-    for i, (axis, other) in enumerate(zip(x, indices, strict=True)):
-        if i == dim % len(x):
-            continue
-        if axis.size == other.size:
-            r.same(axis, other)
-        else:
-            r.pin(axis, _LOOKED_UP)
-            r.pin(other, _LOOKED_UP)
-    return indices
-
-
 def _pair(r: Rule, x: Dims, other: Dims, dim: int) -> None:
     """``x`` and ``other`` go together index by index, but for ``dim``, where ``x`` is looked up."""
     r.looked_up(x[dim], r.node.args[2])
     for i, (axis, mate) in enumerate(zip(x, other, strict=True)):
         if i == dim % len(x):
-            r.pin(mate, _LOOKED_UP)
-        elif axis.size == mate.size:
+            continue
+        if axis.size == mate.size:
             r.same(axis, mate)
         else:
             r.pin(axis, _LOOKED_UP)
             r.pin(mate, _LOOKED_UP)
 
 
+@rule(aten.gather)
+def gather(r: Rule, x: Dims, dim: int, indices: Dims, **options: Any) -> Dims:
+    _pair(r, x, indices, dim)
+    return indices
+
+
+def _pair_written(r: Rule, x: Dims, other: Dims, dim: int) -> None:
+    """As :func:`_pair`, for what is written: its own ``dim`` has an order too."""
+    _pair(r, x, other, dim)
+    r.pin(other[dim], _LOOKED_UP)
+
+
 @rule(aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce, aten.scatter_reduce_)
 def scatter(r: Rule, x: Dims, dim: int, indices: Dims, source: Any, *options: Any, **more: Any) -> Dims:
     """``x`` with values written (or added) where ``indices`` say; other dimensions go index by index."""
-    _pair(r, x, indices, dim)
+    _pair_written(r, x, indices, dim)
     if isinstance(source, tuple):
-        _pair(r, x, source, dim)
+        _pair_written(r, x, source, dim)
     return x
 
 
 @rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
 def index_add(r: Rule, x: Dims, dim: int, indices: Dims, source: Dims, **more: Any) -> Dims:
     """``x[indices] += source`` along ``dim``; the other dimensions go together."""
-    _pair(r, x, source, dim)
+    _pair_written(r, x, source, dim)
     for axis in indices:
         r.pin(axis, _LOOKED_UP)
     return x

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import eval_mode
+from graphprune.trace.quiet import REFUSALS, eval_mode
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -440,16 +440,13 @@ def _add_placeholders(ask: _Ask) -> None:
         ask.made["input_ids"] = torch.cat([ask.made["input_ids"][:, :1], row, ask.made["input_ids"][:, 1:]], 1)
 
 
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
-
-
 def _count_features(ask: _Ask, method: str, name: str, value: torch.Tensor) -> int | None:
     """How many vectors an image or a sound becomes; none if the model cannot say it from that alone."""
     first = next(ask.model.parameters())
     try:
         with eval_mode(ask.model):
             out = getattr(ask.model, method)(**{name: value.to(first.device)})
-    except _REFUSALS:  # it wants more than that: the text alone will do
+    except REFUSALS:  # it wants more than that: the text alone will do
         return None
     found = getattr(out, "pooler_output", out)
     if isinstance(found, torch.Tensor):

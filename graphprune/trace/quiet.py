@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# What a model's code raises of shapes that do not fit, of tensors without values, of arguments it lacks.
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError)
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
