@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--data", nargs="+", metavar="FILE", help=".txt or .jsonl calibration texts (field 'text')")
     prune.add_argument("--samples", type=int, default=32, help="rows of calibration text (default 32)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
-    prune.add_argument("--ranking", default="per-layer", choices=("per-layer", "global"))
+    prune.add_argument("--allocation", metavar="NAME", help="how the budget is spread: uniform, global, …")
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
     prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")
     prune.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="never prune these modules")
@@ -90,7 +90,7 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.calibration import read_texts
+    from graphprune.data.calibration import read_texts
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
@@ -114,7 +114,7 @@ def _prune(options: argparse.Namespace) -> None:
             method=options.method,
             data=texts,
             tokenizer=tokenizer,
-            ranking=options.ranking,
+            allocation=options.allocation,
             round_to=options.round_to,
             include=options.include,
             exclude=options.exclude,

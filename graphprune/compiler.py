@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
+from graphprune.passes.methods import passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
@@ -35,7 +36,8 @@ def compile(
     tokenizer: Any = None,
     example_inputs: Any = None,
     plan: Plan | None = None,
-    ranking: str = "per-layer",
+    allocation: str | Mapping[str, float] | None = None,
+    passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -68,7 +70,11 @@ def compile(
         example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
             device of the model. Their batch and sequence sizes are best unlike any size in the model.
         plan: a plan to replay instead of scoring; ``ratio`` and all choices below it are then not used.
-        ranking: ``"per-layer"`` (every axis shrinks by the same share) or ``"global"`` (scores compared over axes).
+        allocation: how the budget is spread over the axes; by default as the method does it. ``"uniform"`` (every
+            axis shrinks by the same share), ``"global"`` (scores over the mean of their axis are compared),
+            ``"standardised"`` (scores as FLAP compares them), ``"log-increasing"`` (SlimGPT's ratio, growing with
+            depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one another.
+        passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
@@ -104,7 +110,7 @@ def compile(
         method=method,
         data=data,
         tokenizer=tokenizer,
-        ranking=ranking,
+        allocation=allocation,
         round_to=round_to,
         include=[include] if isinstance(include, str) else list(include),
         exclude=[exclude] if isinstance(exclude, str) else list(exclude),
@@ -126,11 +132,11 @@ def compile(
     base_config = _base_config(model)
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
     try:
-        seconds = run_passes(program, _pipeline(program, plan))
+        seconds = run_passes(program, _pipeline(program, plan, passes))
     except UntracedSizes:
         args, kwargs = program.inputs
         program = Program(model, (args, {**kwargs, "use_cache": True}), options, progress=progress)
-        seconds = run_passes(program, _pipeline(program, plan))
+        seconds = run_passes(program, _pipeline(program, plan, passes))
     pruned = program.need("pruned")
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
@@ -159,16 +165,13 @@ def inspect(
     return Inspection(program)
 
 
-def _pipeline(program: Program, plan: Plan | None) -> tuple[Pass, ...]:
+def _pipeline(program: Program, plan: Plan | None, passes: Sequence[Pass] | None) -> tuple[Pass, ...]:
     options = program.options
     on_meta = any(parameter.is_meta for parameter in program.model.parameters())
-    if on_meta and options.method == "wanda-sp":
-        raise GraphPruneError("The model is on the meta device: there are no weights to run calibration data through.")
-    if on_meta and plan is None and options.method != "random":
+    if on_meta and plan is None and passes is None and options.method != "random":
         raise GraphPruneError("The model is on the meta device, so there is nothing to score: use method='random'.")
-    front: tuple[Pass, ...] = pipelines.PLAN
-    if plan is not None:
-        front = (pipelines.PLAN[0], *pipelines.ANALYSE, replay_plan(plan), pipelines.PLAN[-1])
+    how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
+    front = pipelines.plan(how)
     if options.emit == "graph":
         return (*front, *(pipelines.EMIT_GRAPH[:1] if on_meta or not options.verify else pipelines.EMIT_GRAPH))
     if on_meta or not options.verify:

@@ -1,52 +1,163 @@
-"""Scores → one order over all removal structures: what goes first, over the whole model."""
+"""How many structures of every axis go: an allocation orders the structures of all axes, the budget says how far.
+
+An allocation is a function ``Program → keys``: for every group the key of the first of its structures to go, of the
+second, and so on, never falling (:data:`graphprune.passes.budget.Keys`). The smallest keys of all groups go, until
+``ratio`` of all parameters is gone. Which structures of a group these are is decided afterwards.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.program import Order, Program
-from graphprune.passes.base import compiler_pass
+from graphprune.ir.program import NodeGroup, Program
+from graphprune.passes.base import Pass
+from graphprune.passes.budget import Keys, fill_budget
+from graphprune.passes.select_structures import in_order
+
+Allocation = Callable[[Program], Keys]
+
+_ALLOCATIONS: dict[str, Allocation] = {}
+_BLOCK = re.compile(r"(.*?)(?:^|\.)(\d+)(?=\.|$)")  # up to the first number of the path is a block
 
 
-def _rank_within(values: torch.Tensor) -> torch.Tensor:
-    """Per layer: the share of the axis that scores lower. Every axis then shrinks by the same share."""
-    return (torch.arange(len(values), dtype=values.dtype) + 0.5) / len(values)
+def allocation(name: str) -> Callable[[Allocation], Allocation]:
+    """Register a function ``Program → keys`` under a name for ``allocation=``."""
+
+    def register(function: Allocation) -> Allocation:
+        _ALLOCATIONS[name] = function
+        return function
+
+    return register
 
 
-def _relative_to_mean(values: torch.Tensor) -> torch.Tensor:
-    """Global: the score over the mean score of its axis, so that axes of different kinds can be compared."""
-    mean = values.mean()
-    return values / mean if mean > 0 else torch.zeros_like(values)
+def allocation_names() -> list[str]:
+    """Every name that ``allocation=`` takes."""
+    return sorted(_ALLOCATIONS)
 
 
-# Scores of one axis, sorted, float64 → keys that can be compared over axes, sorted too.
-RANKINGS = {"per-layer": _rank_within, "global": _relative_to_mean}
+def allocate_budget(default: str) -> Pass:
+    """A pass that decides how many structures of each group go, by ``allocation=`` or else by ``default``."""
+
+    def run(program: Program) -> None:
+        wanted = program.options.allocation
+        chosen = default if wanted is None else wanted
+        if isinstance(chosen, str):
+            if chosen not in _ALLOCATIONS:
+                raise GraphPruneError(
+                    f"There is no allocation {chosen!r}. Allocations: {', '.join(allocation_names())}; or a dict from "
+                    "patterns of module paths to ratios."
+                )
+            keys = _ALLOCATIONS[chosen](program)
+        else:
+            keys = explicit(program, chosen)
+        program.counts = fill_budget(program, keys)
+
+    return Pass("allocate_budget", run, requires=("prunable",), ensures=("counts",))
 
 
-@compiler_pass(requires=("scores",), ensures=("order",))
-def allocate_budget(program: Program) -> None:
-    """Order all structures by ``ranking``; ties keep the order of the model."""
-    ranking = program.options.ranking
-    if ranking not in RANKINGS:
-        raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
-    names, keys, indices, choices = [], [], [], {}
-    for name, values in program.need("scores").items():
-        if values.ndim == 2:
-            choices[name], values = _from_each_row(values)
-        found = values.double().sort(stable=True)
-        names.append(name)
-        keys.append(RANKINGS[ranking](found.values))
-        indices.append(found.indices)
-    nothing = torch.zeros(0)
-    # Sorted runs behind each other: NumPy's stable sort only merges them.
-    first_to_go = torch.from_numpy(np.argsort(torch.cat(keys or [nothing]).numpy(), kind="stable"))
-    group = torch.cat([torch.full((len(one),), i) for i, one in enumerate(indices)] or [nothing.long()])
-    program.order = Order(names, group[first_to_go], torch.cat(indices or [nothing.long()])[first_to_go], choices)
+@allocation("uniform")
+def uniform(program: Program) -> Keys:
+    """Every axis shrinks by the same share."""
+    return {group.name: _in_shares(group, 1.0) for group in candidates(program)}
 
 
-def _from_each_row(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ragged axis: its k-th structure takes the k-th smallest of every row, and scores what these score together."""
-    in_order, choices = values.sort(dim=1, stable=True)
-    return choices, in_order.sum(0)
+@allocation("log-increasing")
+def log_increasing(program: Program) -> Keys:
+    """SlimGPT's incremental ratio: ``r_i ∝ r_0 + (r_{n-1} - r_0)·log(i+1)/log(n)`` for block i of n (Eq. 6)."""
+    return _by_depth(program, lambda i, n: math.log(i + 1) / math.log(n))
+
+
+@allocation("log-decreasing")
+def log_decreasing(program: Program) -> Keys:
+    """:func:`log_increasing` from the other end: what SlimGPT's ablation compares with."""
+    return _by_depth(program, lambda i, n: math.log(n - i) / math.log(n))
+
+
+@allocation("global")
+def over_mean(program: Program) -> Keys:
+    """Scores over the mean score of their axis, compared over all axes."""
+    return {name: _over_mean(scores) for name, scores in _sorted_scores(program, "global").items()}
+
+
+@allocation("standardised")
+def standardised(program: Program) -> Keys:
+    """Scores less the mean of their axis, over its standard deviation, compared over all axes (FLAP, Eq. 5)."""
+    found = _sorted_scores(program, "standardised")
+    return {name: (scores - scores.mean()) / scores.std().clamp(min=1e-12) for name, scores in found.items()}
+
+
+def explicit(program: Program, ratios: Mapping[str, float]) -> Keys:
+    """Axes shrink in proportion to the ratio of the first pattern that one of their modules matches.
+
+    The ratios are relative to one another: all are scaled so that ``ratio`` of all parameters goes. An axis that no
+    pattern matches, or whose ratio is 0, is left alone.
+    """
+    if not isinstance(ratios, Mapping) or not all(isinstance(r, (int, float)) and 0 <= r <= 1 for r in ratios.values()):
+        raise GraphPruneError("allocation= takes a name, or a dict from patterns of module paths to ratios in [0, 1].")
+    unused = set(ratios)
+    keys: Keys = {}
+    for group in candidates(program):
+        found = [p for p in ratios if any(fnmatchcase(m, p) or fnmatchcase(m, f"{p}.*") for m in group.modules)]
+        unused -= set(found)
+        if found and ratios[found[0]] > 0:
+            keys[group.name] = _in_shares(group, ratios[found[0]])
+        else:
+            program.need("skipped")[group.name] = "its allocation is 0"
+    if unused:
+        raise GraphPruneError(
+            f"The pattern {min(unused)!r} of allocation= matches no axis that may be pruned. Patterns are "
+            "shell-like and match module paths, such as 'model.layers.3.mlp' or '*.self_attn'."
+        )
+    return keys
+
+
+def candidates(program: Program) -> list[NodeGroup]:
+    """The groups to choose from: those that have scores, if there are any scores."""
+    scores = program.scores
+    return [group for group in program.need("prunable") if scores is None or group.name in scores]
+
+
+def _in_shares(group: NodeGroup, share: float) -> torch.Tensor:
+    """Keys by which axes shrink in proportion to their ``share``."""
+    return (torch.arange(group.size, dtype=torch.float64) + 0.5) / (group.size * share)
+
+
+FIRST = 0.3  # r_0 over r_{n-1}: SlimGPT leaves it open
+
+
+def _by_depth(program: Program, shape: Callable[[int, int], float]) -> Keys:
+    """Shares that go from ``FIRST`` to 1 with the number of a block; axes outside of blocks count as the last."""
+    numbers: dict[str, set[int]] = {}
+    for group in program.need("groups"):
+        for found in filter(None, map(_BLOCK.match, group.modules)):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    keys: Keys = {}
+    for group in candidates(program):
+        share = 1.0
+        for found in filter(None, map(_BLOCK.match, group.modules)):
+            ordered = sorted(numbers[found[1]])
+            if len(ordered) > 1:
+                place = shape(ordered.index(int(found[2])), len(ordered))
+                share = min(share, FIRST + (1 - FIRST) * place)
+        keys[group.name] = _in_shares(group, share)
+    return keys
+
+
+def _sorted_scores(program: Program, name: str) -> Keys:
+    if program.scores is None:
+        raise GraphPruneError(
+            f"allocation={name!r} compares scores, and the method {program.options.method!r} has none before it "
+            f"prunes. Others: {', '.join(allocation_names())}."
+        )
+    return {group: in_order(values)[0] for group, values in program.scores.items()}
+
+
+def _over_mean(scores: torch.Tensor) -> torch.Tensor:
+    mean = scores.mean()
+    return scores / mean if mean > 0 else torch.zeros_like(scores)

@@ -202,7 +202,7 @@ def _weights(program: Program, found: Trace) -> nn.Module:
         tensor = held[name]
         path, _, last = name.rpartition(".")
         owner = _submodule(root, path)
-        new = like(tensor, sliced(tensor, slices.get(id(tensor), {})))
+        new = like(tensor, sliced(program.weight(tensor), slices.get(id(tensor), {})))
         if isinstance(new, nn.Parameter):
             owner.register_parameter(last, new)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
 from graphprune.passes.build_node_groups import build_node_groups
 from graphprune.passes.check_cached_sizes import check_cached_sizes
@@ -13,8 +12,6 @@ from graphprune.passes.find_removal_structures import find_removal_structures
 from graphprune.passes.follow_sizes import follow_sizes
 from graphprune.passes.infer_axes import infer_axes
 from graphprune.passes.rewrite import rewrite
-from graphprune.passes.score import score
-from graphprune.passes.select_structures import select_structures
 from graphprune.passes.solve_sizes import solve_sizes
 from graphprune.passes.trace_model import trace_model
 from graphprune.passes.verify import verify, verify_before_rewrite
@@ -27,7 +24,13 @@ ANALYSE: tuple[Pass, ...] = (
     find_ragged_axes,
     find_removal_structures,
 )
-PLAN: tuple[Pass, ...] = (check_weights, *ANALYSE, score, allocate_budget, select_structures, follow_sizes)
+
+
+def plan(how: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    """Everything up to the plan and the sizes that follow from it; ``how`` are the passes that make the plan."""
+    return (check_weights, *ANALYSE, *how, follow_sizes)
+
+
 EMIT: tuple[Pass, ...] = (check_cached_sizes, rewrite, verify)
 EMIT_GRAPH: tuple[Pass, ...] = (emit_graph, verify)
 EMIT_IN_PLACE: tuple[Pass, ...] = (check_cached_sizes, verify_before_rewrite, rewrite)

@@ -31,12 +31,12 @@ def rewrite(program: Program) -> None:
     if program.options.inplace:
         program.pruned = program.model
         for tensor in list(tensors(program.model)):
-            if id(tensor) in slices:
-                tensor.data = sliced(tensor, slices[id(tensor)])
+            if id(tensor) in slices or id(tensor) in program.updates:
+                tensor.data = sliced(program.weight(tensor), slices.get(id(tensor), {}))
                 tensor.grad = None
     else:
         program.pruned = copy_structure(
-            program.model, lambda tensor: like(tensor, sliced(tensor, slices.get(id(tensor), {})))
+            program.model, lambda tensor: like(tensor, sliced(program.weight(tensor), slices.get(id(tensor), {})))
         )
     finish(program, program.pruned)
 

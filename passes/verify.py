@@ -53,11 +53,11 @@ def verify_before_rewrite(program: Program) -> None:
 
     def stand_in(tensor: torch.Tensor) -> torch.Tensor:
         keep = slices.get(id(tensor))
-        if keep is None:
+        if keep is None and id(tensor) not in program.updates:
             return tensor
         nothing = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
-        made = like(tensor, nothing.expand(sliced_shape(tensor, keep)))
-        substitutes[id(made)] = lambda _: sliced(tensor, keep)
+        made = like(tensor, nothing.expand(sliced_shape(tensor, keep or {})))
+        substitutes[id(made)] = lambda _: sliced(program.weight(tensor), keep or {})
         return made
 
     preview = copy_structure(program.model, stand_in)
@@ -152,7 +152,8 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
     found: Trace = program.need("trace")
     held = names(program.model)
     own = _own_copy(_precision(program, dtype))
-    copies = {id(held[name]): own(held[name]) for name in found.written}  # one for all names of a tied tensor
+    # One copy for all names of a tied tensor.
+    copies = {id(held[name]): own(program.weight(held[name])) for name in found.written}
     given = iter(found.inputs)
     arguments: list[Any] = []
     for node in found.graph.nodes:
@@ -160,7 +161,7 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
             continue
         if node.name in found.tensor_names:
             tensor = held[found.tensor_names[node.name]]
-            arguments.append(copies.get(id(tensor), tensor.detach()))
+            arguments.append(copies.get(id(tensor), program.weight(tensor)))
         elif node.name in found.constants:
             arguments.append(own(found.constants[node.name]))
         else:

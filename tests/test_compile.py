@@ -211,7 +211,7 @@ def test_a_ratio_and_a_plan_are_too_much() -> None:
     ("option", "message"),
     [
         ({"method": "magic"}, "no method 'magic'. Methods: .*wanda-sp"),
-        ({"ranking": "best"}, "no ranking 'best'. Rankings: global, per-layer"),
+        ({"allocation": "best"}, "no allocation 'best'. Allocations: global, .*uniform"),
         ({"include": ["*.attention"]}, "matches no module"),
         ({"exclude": "nowhere"}, "matches no module"),
         ({"round_to": 0}, "round_to must be at least 1"),

@@ -21,6 +21,7 @@ from graphprune import GraphPruneError, Plan
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes import pipelines, run_passes
 from graphprune.passes.follow_sizes import follow_sizes
+from graphprune.passes.methods import passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.rules import registry
 from graphprune.trace.skeleton import names
@@ -30,7 +31,7 @@ EXACT = 1e-9
 
 
 def check(network: Network) -> list[str]:
-    """Every prunable axis by itself, all together, by ratio in both rankings, and in place; their names."""
+    """Every prunable axis by itself, all together, by ratio in two allocations, and in place; their names."""
     model, x = network.build()
     unchanged = snapshot(model)
     program = analyse(model, x, method="random")
@@ -68,17 +69,15 @@ def _emit(program: Program, plan: Plan, what: str) -> nn.Module:
 
 def _by_ratio(program: Program) -> None:
     """The passes from scores to the proof, at the largest of a few ratios that can be reached."""
-    behind_analysis = pipelines.PLAN[1 + len(pipelines.ANALYSE) :]
-    for ranking in ("per-layer", "global"):
-        program.options.ranking = ranking
+    for program.options.allocation in ("uniform", "global"):
         for program.options.ratio in (0.5, 0.2, 0.05):
             try:
-                run_passes(program, (*behind_analysis, *pipelines.EMIT))
+                run_passes(program, (*passes_of("magnitude"), follow_sizes, *pipelines.EMIT))
             except GraphPruneError as error:
                 if "cannot be reached" not in str(error):
                     raise
                 continue
-            assert program.need("oracle_error") <= EXACT, ranking
+            assert program.need("oracle_error") <= EXACT, program.options.allocation
             break
 
 

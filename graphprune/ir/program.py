@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,20 +78,6 @@ class NodeGroup:
         return [str(pin) for pin in find(self.axis).pins]
 
 
-@dataclass(frozen=True)
-class Order:
-    """All removal structures, the first to go first.
-
-    Entry ``k`` is structure ``index[k]`` of the group ``names[group[k]]``; both int64 of shape (structures,). That is
-    the index of this number or, for a group in ``choices``, ``choices[name][h, index[k]]`` under every ``h``.
-    """
-
-    names: list[str]
-    group: torch.Tensor
-    index: torch.Tensor
-    choices: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
 @dataclass
 class Options:
     """What the user asked for; see :func:`graphprune.compile`."""
@@ -100,7 +86,8 @@ class Options:
     method: str = "magnitude"
     data: Any = None
     tokenizer: Any = None
-    ranking: str = "per-layer"
+    allocation: str | Mapping[str, float] | None = None
+    aggregation: str = "sum"
     round_to: int = 1
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -119,7 +106,11 @@ class Options:
 
 @dataclass
 class Program:
-    """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own."""
+    """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own.
+
+    ``updates`` has new values, at full size, of parameters that a pass changed to make up for what is removed:
+    ``id(parameter)`` → tensor. They are the weights of the pruned model and of the masked original alike.
+    """
 
     model: nn.Module
     inputs: Inputs
@@ -132,10 +123,11 @@ class Program:
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     scores: dict[str, torch.Tensor] | None = None
-    order: Order | None = None
+    counts: dict[str, int] | None = None
     plan: Plan | None = None
     pruned: nn.Module | None = None
     new_attributes: dict[Attribute, int] | None = None
+    updates: dict[int, torch.Tensor] = field(default_factory=dict)
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
     _selection: tuple[Plan, Selection] | None = None
@@ -146,6 +138,10 @@ class Program:
         if value is None:
             raise AssertionError(f"{name} is not there yet: a pass that ensures it has to run first")
         return value
+
+    def weight(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or buffer of the model with the value that it is to be pruned with, detached."""
+        return self.updates.get(id(tensor), tensor).detach()
 
     def axis_name(self, axis: Axis) -> str:
         """The name of a leaf's group with its size, or its bare size when no parameter is on it."""

@@ -1,7 +1,15 @@
 """Importance: each criterion is one small file over removal structures."""
 
 from graphprune.passes.score import magnitude, random, wanda_sp
-from graphprune.passes.score.registry import Criterion, Scores, add_positions, add_to, criterion, method_names, score
+from graphprune.passes.score.registry import (
+    Criterion,
+    Scores,
+    add_positions,
+    add_to,
+    criterion,
+    criterion_names,
+    score_by,
+)
 
 __all__ = [
     "Criterion",
@@ -9,9 +17,9 @@ __all__ = [
     "add_positions",
     "add_to",
     "criterion",
+    "criterion_names",
     "magnitude",
-    "method_names",
     "random",
-    "score",
+    "score_by",
     "wanda_sp",
 ]

@@ -43,7 +43,6 @@ def _power_sums(weight: torch.Tensor, stay: set[int], order: int) -> torch.Tenso
     return total
 
 
-@criterion("magnitude")
 @criterion("l2")
 def l2(program: Program) -> Scores:
     """``‖W_g‖₂``: the Euclidean norm over all weights of a structure."""

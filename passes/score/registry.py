@@ -10,7 +10,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, leaves, reduce_to_leaves
 from graphprune.ir.program import Program
 from graphprune.ir.selection import sum_by_pair
-from graphprune.passes.base import compiler_pass
+from graphprune.passes.base import Pass
 from graphprune.rules.registry import Dims
 
 # Leaf axis → score of each of its indices, float32 of shape (size,); of a ragged axis (outer size, size).
@@ -21,7 +21,7 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Register a function ``Program → {leaf axis: scores}`` under a method name."""
+    """Register a function ``Program → {leaf axis: scores}`` under a name, which ``method=`` takes too."""
 
     def register(function: Criterion) -> Criterion:
         _CRITERIA[name] = function
@@ -30,8 +30,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
     return register
 
 
-def method_names() -> list[str]:
-    """Every name that ``method=`` takes."""
+def criterion_names() -> list[str]:
+    """Every name that :func:`score_by` takes."""
     return sorted(_CRITERIA)
 
 
@@ -64,23 +64,23 @@ def add_positions(
         scores[leaf] = scores[leaf] + share if leaf in scores else share
 
 
-@compiler_pass(requires=("prunable",), ensures=("scores",))
-def score(program: Program) -> None:
-    """Run the criterion that ``method`` names; groups it gives no score are left alone, with that reason."""
-    name = program.options.method
-    if name not in _CRITERIA:
-        raise GraphPruneError(f"There is no method {name!r}. Methods: {', '.join(method_names())}.")
-    found = _CRITERIA[name](program)
-    program.scores = {}
-    for group in list(program.need("prunable")):
-        values = found.get(find(group.axis))
-        if values is None:
-            program.need("prunable").remove(group)
-            program.need("skipped")[group.name] = f"method {name} has no score for it"
-        elif not bool(torch.isfinite(values).all()):
-            raise GraphPruneError(
-                f"The {name} score of {group.name} is not finite: the weights, or the activations they see, "
-                "hold NaN or infinite values, or overflow. Nothing was changed."
-            )
-        else:
-            program.scores[group.name] = values
+def score_by(name: str) -> Pass:
+    """A pass that runs the criterion ``name``; groups it gives no score are left alone, with that reason."""
+
+    def run(program: Program) -> None:
+        found = _CRITERIA[name](program)
+        program.scores = {}
+        for group in list(program.need("prunable")):
+            values = found.get(find(group.axis))
+            if values is None:
+                program.need("prunable").remove(group)
+                program.need("skipped")[group.name] = f"the criterion {name} has no score for it"
+            elif not bool(torch.isfinite(values).all()):
+                raise GraphPruneError(
+                    f"The {name} score of {group.name} is not finite: the weights, or the activations they see, "
+                    "hold NaN or infinite values, or overflow. Nothing was changed."
+                )
+            else:
+                program.scores[group.name] = values
+
+    return Pass("score", run, requires=("prunable",), ensures=("scores",))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from graphprune.calibration import calibration_batches
+from graphprune.data.calibration import calibration_batches
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions

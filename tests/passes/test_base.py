@@ -10,6 +10,7 @@ from graphprune import GraphPruneError
 from graphprune.ir.program import Options, Program
 from graphprune.passes import compiler_pass, pipelines, run_passes
 from graphprune.passes.base import Pass
+from graphprune.passes.methods import passes_of
 
 
 def program() -> Program:
@@ -21,8 +22,8 @@ def make_scores(program: Program) -> None:
     program.scores = {}
 
 
-@compiler_pass(requires=("scores",), ensures=("order",))
-def forget_order(program: Program) -> None:
+@compiler_pass(requires=("scores",), ensures=("counts",))
+def forget_counts(program: Program) -> None:
     """Promises an order and makes none."""
 
 
@@ -44,15 +45,15 @@ def test_passes_run_in_order_and_are_timed() -> None:
 
 def test_what_is_missing_is_named_with_the_passes_before() -> None:
     empty = compiler_pass(ensures=())(lambda program: None)
-    with pytest.raises(GraphPruneError, match=r"Pass forget_order requires scores, .* \(none\)"):
-        run_passes(program(), (forget_order,))
+    with pytest.raises(GraphPruneError, match=r"Pass forget_counts requires scores, .* \(none\)"):
+        run_passes(program(), (forget_counts,))
     with pytest.raises(GraphPruneError, match=r"requires scores.*\(<lambda>\)"):
-        run_passes(program(), (empty, forget_order))
+        run_passes(program(), (empty, forget_counts))
 
 
 def test_a_broken_promise_is_named() -> None:
-    with pytest.raises(GraphPruneError, match=r"Pass forget_order promised order .*\(passes before: make_scores\)"):
-        run_passes(program(), (make_scores, forget_order))
+    with pytest.raises(GraphPruneError, match=r"Pass forget_counts promised counts .*\(passes before: make_scores\)"):
+        run_passes(program(), (make_scores, forget_counts))
 
 
 def test_an_unexpected_error_names_the_pass_the_model_and_the_passes_before() -> None:
@@ -77,7 +78,7 @@ def test_errors_for_the_user_pass_through() -> None:
 @pytest.mark.parametrize("name", ["EMIT", "EMIT_IN_PLACE", "EMIT_UNVERIFIED"])
 def test_every_pipeline_provides_what_its_passes_require(name: str) -> None:
     made: set[str] = set()
-    steps: tuple[Pass, ...] = (*pipelines.PLAN, *getattr(pipelines, name))
+    steps: tuple[Pass, ...] = (*pipelines.plan(passes_of("magnitude")), *getattr(pipelines, name))
     for step in steps:
         assert set(step.requires) <= made, step.name
         made |= set(step.ensures)
@@ -93,7 +94,7 @@ def test_a_pipeline_of_ones_own_runs() -> None:
     def look_at_the_plan(program: Program) -> None:
         seen.append(len(program.need("plan").keep))
 
-    run_passes(own, (*pipelines.PLAN, look_at_the_plan, *pipelines.EMIT))
+    run_passes(own, (*pipelines.plan(passes_of("magnitude")), look_at_the_plan, *pipelines.EMIT))
     assert seen == [1]
     assert own.need("pruned") is not own.model
 

@@ -14,7 +14,8 @@ from graphprune import GraphPruneError
 from graphprune.ir.axes import expand_mask, find
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes import run_passes
-from graphprune.passes.score import method_names, score
+from graphprune.passes.methods import method_names
+from graphprune.passes.score import score_by
 
 X = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(3))
 
@@ -47,7 +48,7 @@ def model() -> nn.Module:
 
 def scored(net: nn.Module, **options: Any) -> Program:
     program = analyse(net, {"x": X}, **options)
-    run_passes(program, (score,))
+    run_passes(program, (score_by(program.options.method),))
     return program
 
 
@@ -69,7 +70,6 @@ def owned(program: Program, group: NodeGroup, index: int) -> dict[str, list[tupl
     [
         ("l1", lambda pieces: sum(p.abs().sum() for p in pieces)),
         ("l2", lambda pieces: sum(p.square().sum() for p in pieces).sqrt()),
-        ("magnitude", lambda pieces: sum(p.square().sum() for p in pieces).sqrt()),
     ],
 )
 def test_magnitude_sums_over_all_slices_of_a_structure(method: str, combine: Any) -> None:
@@ -117,7 +117,7 @@ def test_low_precision_is_scored_in_float32() -> None:
     net = Wide().to(torch.bfloat16)
     nn.init.ones_(net.a.weight)
     program = analyse(net, {"x": torch.zeros(2, 5000, dtype=torch.bfloat16)}, method="l1")
-    run_passes(program, (score,))
+    run_passes(program, (score_by(program.options.method),))
     assert program.need("scores")["a.weight[0]"].min() > 4999  # a sum in bfloat16 stops at 256
 
 
@@ -185,7 +185,7 @@ def test_wanda_sp_of_a_batch_of_matrices() -> None:
 
 def test_an_axis_without_a_consumer_weight_has_no_wanda_score_and_says_so() -> None:
     program = scored(model(), method="wanda-sp", data=[{"x": X}])
-    assert "method wanda-sp has no score for it" in program.need("skipped").values()
+    assert "the criterion wanda-sp has no score for it" in program.need("skipped").values()
 
 
 def test_scoring_leaves_the_mode_and_the_hooks_alone() -> None:
@@ -234,7 +234,7 @@ def _tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
 def _texts(net: nn.Module, **options: Any) -> Program:
     options = {"method": "wanda-sp", "tokenizer": _tokenizer, "samples": 6, "length": 8} | options
     program = analyse(net, {"input_ids": torch.zeros(2, 5, dtype=torch.long)}, **options)
-    run_passes(program, (score,))
+    run_passes(program, (score_by(program.options.method),))
     return program
 
 
@@ -257,7 +257,7 @@ def test_texts_are_cut_into_rows_of_tokens() -> None:
         data=["The quick brown fox jumps over the dog."],
     )
     net.forward = forward  # type: ignore[method-assign]
-    run_passes(program, (score,))
+    run_passes(program, (score_by(program.options.method),))
     assert sum(n for n, _ in rows) == 6
     assert {length for _, length in rows} == {8}
 

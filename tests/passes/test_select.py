@@ -54,11 +54,11 @@ def blocks(**options: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.5, 0.7, 0.9])
-@pytest.mark.parametrize("ranking", ["per-layer", "global"])
-def test_the_ratio_is_reached_to_within_one_structure(ratio: float, ranking: str) -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_ratio_is_reached_to_within_one_structure(ratio: float, allocation: str) -> None:
     model = mlp()
     total = numel(model)
-    report = graphprune.report(graphprune.compile(model, ratio, example_inputs=X, ranking=ranking))
+    report = graphprune.report(graphprune.compile(model, ratio, example_inputs=X, allocation=allocation))
     assert report.ratio <= ratio
     hidden, inner = (
         report.widths.get(f"{name}.weight[0]", (size, size))[1] for name, size in (("first", 40), ("second", 20))
@@ -75,25 +75,25 @@ def test_the_smallest_go_first() -> None:
             part[[3, 17, 30]] *= 1e-3
     share = 3 * (8 + 20) / numel(model)
     report = graphprune.report(
-        graphprune.compile(model, share + 1e-6, example_inputs=X, ranking="global", include=["first"])
+        graphprune.compile(model, share + 1e-6, example_inputs=X, allocation="global", include=["first"])
     )
     assert set(range(40)) - set(report.plan.keep["first.weight[0]"]) == {3, 17, 30}
 
 
-def test_per_layer_ranking_shrinks_all_axes_alike() -> None:
-    report = graphprune.report(graphprune.compile(mlp(), 0.4, example_inputs=X, ranking="per-layer"))
+def test_uniform_allocation_shrinks_all_axes_alike() -> None:
+    report = graphprune.report(graphprune.compile(mlp(), 0.4, example_inputs=X, allocation="uniform"))
     shares = [after / before for before, after in report.widths.values()]
     assert len(shares) == 2
     assert max(shares) - min(shares) <= 0.06
 
 
-def test_global_ranking_takes_from_where_structures_differ() -> None:
+def test_global_allocation_takes_from_where_structures_differ() -> None:
     model = mlp()
     with torch.no_grad():  # half of the first axis is next to nothing; the second axis is even
         model.first.weight[:20] *= 1e-3
         model.first.bias[:20] *= 1e-3
         model.second.weight[:, :20] *= 1e-3
-    report = graphprune.report(graphprune.compile(model, 0.3, example_inputs=X, ranking="global"))
+    report = graphprune.report(graphprune.compile(model, 0.3, example_inputs=X, allocation="global"))
     assert list(report.widths) == ["first.weight[0]"]
     assert set(range(20, 40)) <= set(report.plan.keep["first.weight[0]"])
 

@@ -19,7 +19,7 @@ import graphprune
 from graphprune import GraphPruneError
 from graphprune.ir.plan import Plan
 from graphprune.passes import restrict
-from graphprune.passes.select_structures import ParameterCounter
+from graphprune.passes.budget import ParameterCounter
 from graphprune.rules import registry
 
 aten = torch.ops.aten
