@@ -108,6 +108,14 @@ def seen_by(product: Product, args: tuple, kwargs: dict[str, Any]) -> torch.Tens
     return x.reshape(math.prod(batch), -1, x.shape[-1])
 
 
+def channels_seen_by(product: Product, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """:func:`seen_by` with the channels of a convolution for columns, those of its groups below one another."""
+    if not product.convolution:
+        return seen_by(product, args, kwargs)
+    x, weight = args[product.x].detach(), args[product.weight]
+    return x.movedim(1 - weight.ndim, -1).reshape(1, -1, weight.shape[1])
+
+
 def conv_groups(product: Product, args: tuple, kwargs: dict[str, Any]) -> int:
     """The number of groups of a convolution, 1 of anything else."""
     return int(args[6] if len(args) > 6 else kwargs.get("groups", 1)) if product.convolution else 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,66 +11,60 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import without_hooks
-from graphprune.trace.skeleton import scratch_copy
-
-# Which argument is the activation, which of its dimensions is contracted, and which argument is the weight.
-_CONSUMERS: dict[Any, tuple[int, int, int]] = {
-    torch.nn.functional.linear: (0, -1, 1),
-    torch.addmm: (1, -1, 2),
-    torch.mm: (0, -1, 1),
-    torch.matmul: (0, -1, 1),
-    torch.Tensor.matmul: (0, -1, 1),
-    torch.Tensor.__matmul__: (0, -1, 1),
-    torch.bmm: (0, -1, 1),
-    torch.Tensor.bmm: (0, -1, 1),
-    torch.baddbmm: (1, -1, 2),
-    torch.nn.functional.conv1d: (0, 1, 1),
-    torch.nn.functional.conv2d: (0, 1, 1),
-    torch.nn.functional.conv3d: (0, 1, 1),
-}
-
-# Those whose weight may be a batch of matrices.
-_BATCHED = {
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.bmm,
-    torch.Tensor.bmm,
-    torch.baddbmm,
-}
+from graphprune.ir.axes import find, leaves
+from graphprune.ir.program import Program
+from graphprune.passes.build_node_groups import weight_contractions
+from graphprune.passes.consumers import Consumers, Product, channels_seen_by
+from graphprune.passes.score.registry import Scores, add_positions
+from graphprune.trace.quiet import REFUSALS, without_hooks
+from graphprune.trace.skeleton import names, scratch_copy
 
 
-class InputNorms(TorchFunctionMode):
-    """Sums the squares of each input feature of chosen weights.
+@dataclass
+class Moments:
+    """Sums over everything that a weight has seen, per input channel.
 
-    ``squares[id(weight)]`` is float32 of shape ``(in_features,)``, for a batch of matrices ``(*batch, in_features)``;
-    ``counts`` the number of rows (tokens, positions) of each.
+    ``total`` and ``squares`` are float64 of shape ``(matrices, channels)``: one row, or one for every expert of a
+    batched weight. ``count`` is the number of vectors (tokens, positions, groups of a convolution) per row.
     """
 
+    total: torch.Tensor
+    squares: torch.Tensor
+    count: int
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.total / self.count
+
+    @property
+    def mean_square(self) -> torch.Tensor:
+        return self.squares / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Of the population; never negative."""
+        return (self.mean_square - self.mean.square()).clamp(min=0)
+
+
+class InputMoments(Consumers):
+    """Collects the :class:`Moments` of what chosen weights see: ``found[id(weight)]``."""
+
     def __init__(self, weights: Iterable[torch.Tensor]):
-        super().__init__()
-        self._wanted = {id(weight) for weight in weights}
-        self.squares: dict[int, torch.Tensor] = {}
-        self.counts: dict[int, int] = {}
+        super().__init__(weights, self._add)
+        self.found: dict[int, Moments] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        place = _CONSUMERS.get(func)
-        if place is not None and len(args) > place[2] and id(args[place[2]]) in self._wanted:
-            batch = args[place[2]].shape[:-2] if func in _BATCHED else ()
-            self._see(id(args[place[2]]), args[place[0]].detach(), place[1], batch)
-        return func(*args, **(kwargs or {}))
-
-    def _see(self, weight: int, x: torch.Tensor, dim: int, batch: tuple[int, ...]) -> None:
-        if batch:  # (..., *batch, rows, features) → (*batch, ..., rows, features)
-            x = x.expand(*torch.broadcast_shapes(x.shape[:-2], batch), *x.shape[-2:])
-            more = x.ndim - 2 - len(batch)
-            x = x.movedim(tuple(range(more)), tuple(range(-2 - more, -2)))
-        rows = x.movedim(dim, -1).flatten(len(batch), -2)
-        squares = torch.linalg.vector_norm(rows, dim=-2, dtype=torch.promote_types(rows.dtype, torch.float32)).square()
-        squares = squares.sum_to_size((*batch, rows.shape[-1]))  # one matrix may see the rows of many
-        self.squares[weight] = self.squares[weight] + squares if weight in self.squares else squares
-        self.counts[weight] = self.counts.get(weight, 0) + rows.numel() // squares.numel()
+    def _add(self, weight: torch.Tensor, product: Product, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen = channels_seen_by(product, args, kwargs)
+        dtype = torch.promote_types(seen.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(seen, dim=-2, dtype=dtype).double().square()
+        total = seen.sum(-2, dtype=dtype).double()
+        before = self.found.get(id(weight))
+        if before is None:
+            self.found[id(weight)] = Moments(total, squares, seen.shape[-2])
+        else:
+            before.total += total
+            before.squares += squares
+            before.count += seen.shape[-2]
 
 
 def run_calibration(
@@ -84,5 +79,47 @@ def run_calibration(
         with torch.no_grad(), without_hooks(scratch), mode:
             for batch in batches:
                 scratch(**batch)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except REFUSALS as error:
         raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error
+
+
+def consumers_of(program: Program) -> list[tuple[str, int]]:
+    """Every weight and dimension of it in which a prunable axis is consumed, by name."""
+    axes = program.need("axes")
+    wanted = {find(group.axis) for group in program.need("prunable")}
+    found = {(name, dim) for _, name, dim in weight_contractions(program)}
+    return sorted((name, dim) for name, dim in found if wanted & set(leaves(axes.tensors[name][dim])))
+
+
+def input_moments(program: Program, batches: list[dict[str, Any]]) -> dict[str, Moments]:
+    """The moments of what every consumer of a prunable axis sees, by the name of the weight; unseen ones are absent."""
+    tensors = names(program.model)
+    consumers = {name for name, _ in consumers_of(program)}
+    mode = InputMoments(tensors[name] for name in consumers)
+    run_calibration(program.model, batches, mode, program.need("trace").written)
+    return {name: mode.found[id(tensors[name])] for name in sorted(consumers) if id(tensors[name]) in mode.found}
+
+
+Reduction = Callable[[torch.Tensor, list[int]], torch.Tensor]
+
+
+def add_channels(
+    scores: Scores, program: Program, name: str, dim: int, of_weight: Reduction, of_inputs: torch.Tensor
+) -> None:
+    """Add ``of_weight · of_inputs``, channel by channel, to the scores of the axes below dimension ``dim`` of a weight.
+
+    ``of_weight`` reduces the weight over the given dimensions, which it keeps with size 1; ``of_inputs`` has the shape
+    ``(matrices, channels)`` of :class:`Moments`.
+    """
+    weight, dims = names(program.model)[name].detach(), program.need("axes").tensors[name]
+    batch = range(weight.ndim - 2) if len(of_inputs) > 1 else ()
+    stay = {*batch, dim}
+    reduced = of_weight(weight, [d for d in range(weight.ndim) if d not in stay])
+    importance = reduced * of_inputs.to(reduced.device).view(reduced.shape)
+    add_positions(scores, program, dims, dim, lambda kept: summed(importance, kept))
+
+
+def summed(x: torch.Tensor, stay: set[int]) -> torch.Tensor:
+    """``x`` summed over all dimensions but those that ``stay``; the others have size 1 then."""
+    others = [d for d in range(x.ndim) if d not in stay]
+    return x.sum(others, keepdim=True) if others else x
