@@ -5,11 +5,13 @@ from __future__ import annotations
 from graphprune.errors import GraphPruneError
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
+from graphprune.passes.compensate_bias import compensate_bias
 from graphprune.passes.prune_by_obs import keep_consumed, prune_by_obs
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
 METHODS: dict[str, tuple[Pass, ...]] = {
+    "flap": (score_by("flap-wifv"), allocate_budget("standardised"), select_structures, compensate_bias),
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
     "slimgpt": (keep_consumed, allocate_budget("log-increasing"), prune_by_obs()),
     "wanda-sp": (score_by("wanda-sp"), allocate_budget("uniform"), select_structures),

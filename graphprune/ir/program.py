@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -17,6 +17,9 @@ from graphprune.rules.registry import Dims, Facts
 from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
+
+if TYPE_CHECKING:
+    from graphprune.passes.score.activations import Moments
 
 
 @dataclass
@@ -108,6 +111,7 @@ class Options:
 class Program:
     """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own.
 
+    ``moments`` are those that a score found of what every consumer weight sees, by its name.
     ``updates`` has new values, at full size, of parameters that a pass changed to make up for what is removed:
     ``id(parameter)`` → tensor. They are the weights of the pruned model and of the masked original alike.
     """
@@ -123,6 +127,7 @@ class Program:
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     scores: dict[str, torch.Tensor] | None = None
+    moments: dict[str, Moments] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None
     pruned: nn.Module | None = None

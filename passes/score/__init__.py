@@ -1,6 +1,6 @@
 """Importance: each criterion is one small file over removal structures."""
 
-from graphprune.passes.score import magnitude, random, wanda_sp
+from graphprune.passes.score import flap, magnitude, random, wanda_sp
 from graphprune.passes.score.registry import (
     Criterion,
     Scores,
@@ -18,6 +18,7 @@ __all__ = [
     "add_to",
     "criterion",
     "criterion_names",
+    "flap",
     "magnitude",
     "random",
     "score_by",

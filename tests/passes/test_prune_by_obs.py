@@ -1,0 +1,222 @@
+"""SlimGPT over removal structures: against least squares, matrix by matrix, on what the pruned ones before leave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import X, analyse, randomise, snapshot, toy
+from torch import nn
+
+import graphprune
+from graphprune import GraphPruneError
+from graphprune.passes import run_passes
+from graphprune.passes.allocate_budget import allocate_budget
+from graphprune.passes.methods import passes_of
+from graphprune.passes.prune_by_obs import keep_consumed, prune_by_obs
+from graphprune.trace.skeleton import names
+
+
+def batches(count: int = 12, *shape: int) -> list[dict[str, torch.Tensor]]:
+    return [{"x": torch.randn(*(shape or (3, 5, 7)), generator=torch.Generator().manual_seed(i))} for i in range(count)]
+
+
+class Chain(nn.Module):
+    """Two hidden layers that may shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(7, 20), nn.Linear(20, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def chain() -> Chain:
+    torch.manual_seed(0)
+    return randomise(Chain()).eval()  # type: ignore[return-value]
+
+
+def refit(weight: torch.Tensor, seen: torch.Tensor, kept: list[int]) -> torch.Tensor:
+    """The columns of ``kept`` that come nearest to what ``weight`` makes of ``seen``, damped as the method damps."""
+    gram = seen.T @ seen
+    gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    return torch.linalg.solve(gram[kept][:, kept], gram[kept] @ weight.T).T
+
+
+def test_each_matrix_adapts_to_what_the_pruned_ones_before_it_leave() -> None:
+    model, data = chain(), batches()
+    program = analyse(model, X, method="slimgpt", data=data, ratio=0.4)
+    run_passes(program, passes_of("slimgpt"))
+    kept = program.need("plan").keep
+    x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
+    first = kept["a.weight[0]"]
+    with torch.no_grad():
+        hidden = model.a(x).relu()
+        b = refit(model.b.weight, hidden, first)
+        hidden = (hidden[:, first] @ b.T + model.b.bias).relu()
+        c = refit(model.c.weight, hidden, kept["b.weight[0]"])
+    assert torch.allclose(program.weight(model.b.weight)[:, first], b, atol=1e-4)
+    assert torch.allclose(program.weight(model.c.weight)[:, kept["b.weight[0]"]], c, atol=1e-4)
+    assert {id(model.b.weight), id(model.c.weight)} == set(program.updates)
+
+
+def error(model: nn.Module, pruned: nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
+    with torch.no_grad():
+        return sum(float((model(**batch) - pruned(**batch)).square().mean()) for batch in data)
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_axes": True}, {"inplace": True}], ids=str)
+def test_a_transformer_is_pruned_proven_and_better_than_by_size(options: dict[str, Any]) -> None:
+    model, data = toy(3), batches()
+    check = snapshot(model)
+    pruned = graphprune.compile(model, 0.3, method="slimgpt", data=data, example_inputs=X, **options)
+    report = graphprune.report(pruned)
+    assert report.oracle_error is not None
+    assert report.ratio == pytest.approx(0.3, abs=0.02)
+    if options.get("inplace"):
+        model = toy(3)
+    else:
+        check()
+    plain = graphprune.compile(toy(3), 0.3, method="magnitude", example_inputs=X)
+    assert error(model, pruned, data) < error(model, plain, data) / 4
+
+
+def test_in_place_is_the_same() -> None:
+    data = batches()
+    new = graphprune.compile(toy(3), 0.3, method="slimgpt", data=data, example_inputs=X)
+    same = graphprune.compile(toy(3), 0.3, method="slimgpt", data=data, example_inputs=X, inplace=True)
+    assert all(torch.equal(a, b) for a, b in zip(names(new).values(), names(same).values(), strict=True))
+
+
+class Pictures(nn.Module):
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, 2, 1, groups=groups)
+        self.c = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_adapt_patch_by_patch(groups: int) -> None:
+    torch.manual_seed(0)
+    model = randomise(Pictures(groups)).eval()
+    data = batches(8, 2, 3, 9, 8)
+    inputs = {"x": torch.randn(2, 3, 9, 8)}
+    options: dict[str, Any] = {"example_inputs": inputs, "inner_axes": True}
+    pruned = graphprune.compile(model, 0.4, method="slimgpt", data=data, **options)
+    plain = graphprune.compile(model, 0.4, method="magnitude", **options)
+    assert error(model, pruned, data) < error(model, plain, data)
+
+
+class Experts(nn.Module):
+    """Four batched experts, each with its own matrices and its own inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 10)), nn.Parameter(torch.randn(4, 10, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(torch.bmm(x, self.up).relu(), self.down)
+
+
+def test_every_expert_of_a_batch_adapts_by_itself() -> None:
+    torch.manual_seed(0)
+    model, data = Experts().eval(), batches(10, 4, 9, 6)
+    program = analyse(model, {"x": torch.randn(4, 9, 6)}, method="slimgpt", data=data, ratio=0.3, inner_axes=False)
+    run_passes(program, passes_of("slimgpt"))
+    (kept,) = program.need("plan").keep.values()
+    x = torch.cat([batch["x"] for batch in data], 1)
+    with torch.no_grad():
+        hidden = torch.bmm(x, model.up).relu()
+        for expert in range(4):
+            wanted = refit(model.down[expert].T, hidden[expert], kept).T
+            assert torch.allclose(program.weight(model.down)[expert][kept], wanted, atol=1e-3)
+
+
+class Branches(nn.Module):
+    """An axis that two matrices consume, one of which the data of this test never reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.other = nn.Linear(7, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor, both: bool = True) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        return self.down(hidden) + (self.other(hidden) if both else 0)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_whoever_else_consumes_an_axis_makes_up_for_it(both: bool) -> None:
+    torch.manual_seed(0)
+    model = randomise(Branches()).eval()
+    data = [{**batch, "both": both} for batch in batches()]
+    program = analyse(model, {"x": X}, method="slimgpt", data=data, ratio=0.3)
+    run_passes(program, passes_of("slimgpt"))
+    (kept,) = program.need("plan").keep.values()
+    x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
+    with torch.no_grad():
+        hidden = model.up(x).relu()
+    for linear in (model.down, model.other):
+        seen = hidden if both or linear is model.down else torch.zeros_like(hidden)
+        wanted = refit(linear.weight.detach(), seen, kept) if seen.any() else linear.weight.detach()[:, kept]
+        assert torch.allclose(program.weight(linear.weight)[:, kept], wanted, atol=1e-4)
+
+
+def test_what_no_weight_consumes_is_left_alone() -> None:
+    class Dots(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.up, self.down = nn.Linear(7, 8), nn.Linear(7, 8), nn.Linear(7, 9), nn.Linear(9, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.q(x) @ self.k(x).mT).sum((1, 2)).view(-1, 1) + self.down(self.up(x)).sum(1)
+
+    program = analyse(Dots().eval(), X)
+    assert len(program.need("prunable")) == 2
+    keep_consumed(program)
+    assert [group.name for group in program.need("prunable")] == ["up.weight[0]"]
+    assert "no weight consumes it" in program.need("skipped").values()
+
+
+def test_a_tied_weight_is_pruned_but_does_not_adapt() -> None:
+    model = chain()
+    model.d = model.c  # type: ignore[assignment]
+    program = analyse(model, X, method="slimgpt", data=batches(), ratio=0.3)
+    run_passes(program, passes_of("slimgpt"))
+    assert set(program.updates) == {id(model.b.weight)}
+
+
+@pytest.mark.parametrize("options", [{"group": 3}, {"grouped_cholesky": False}, {"damping": 0.1}], ids=str)
+def test_its_knobs_are_arguments_of_the_pass(options: dict[str, Any]) -> None:
+    own = (keep_consumed, allocate_budget("uniform"), prune_by_obs(**options))
+    pruned = graphprune.compile(toy(), 0.3, passes=own, data=batches(), example_inputs=X)
+    assert graphprune.report(pruned).oracle_error is not None
+
+
+def test_low_precision_adapts_in_float32() -> None:
+    model = toy().to(torch.bfloat16)
+    data = [{"x": batch["x"].bfloat16()} for batch in batches()]
+    pruned = graphprune.compile(model, 0.3, method="slimgpt", data=data, example_inputs=X.bfloat16())
+    assert all(p.dtype == torch.bfloat16 for p in pruned.parameters())
+
+
+def test_activations_that_are_not_finite_name_the_matrix() -> None:
+    model, data = toy(), batches()
+    data[3]["x"][0, 0, 0] = float("nan")
+    check = snapshot(model)
+    with pytest.raises(GraphPruneError, match=r"layers.0.mlp.down.weight cannot be pruned: .*NaN"):
+        graphprune.compile(model, 0.3, method="slimgpt", data=data, example_inputs=X, inplace=True)
+    check()
+
+
+def test_a_batch_that_fails_half_way_leaves_the_model_as_it_was() -> None:
+    model, data = toy(), batches()
+    data[5]["x"] = torch.randn(3, 5, 6)
+    check = snapshot(model)
+    with pytest.raises(GraphPruneError, match="Calibration failed"):
+        graphprune.compile(model, 0.3, method="slimgpt", data=data, example_inputs=X, inplace=True)
+    check()
