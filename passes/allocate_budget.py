@@ -92,6 +92,25 @@ def standardised(program: Program) -> Keys:
     return {name: (scores - scores.mean()) / scores.std().clamp(min=1e-12) for name, scores in found.items()}
 
 
+@allocation("sparing")
+def sparing(program: Program) -> Keys:
+    """:func:`uniform`, but what is delicate keeps everything until the rest has lost half.
+
+    Delicate are the first tenth and the last sixteenth of every sequence of blocks, and axes of fewer than 8
+    structures, which can only lose much at once: the heads of a small model. LLM-Pruner (arXiv 2305.11627) spares the
+    first 3 to 4 and the last 1 to 2 of 32 blocks.
+    """
+    places = _places(program)
+    keys: Keys = {}
+    for group in candidates(program):
+        at_an_end = any(
+            place < round(count / 10) or place >= count - round(count / 16) for place, count in places[group.name]
+        )
+        late = 0.5 if any(ends) or group.size < 8 else 0.0
+        keys[group.name] = _in_shares(group, 1.0) + late
+    return keys
+
+
 def explicit(program: Program, ratios: Mapping[str, float]) -> Keys:
     """Axes shrink in proportion to the ratio of the first pattern that one of their modules matches.
 
@@ -132,21 +151,23 @@ FIRST = 0.3  # r_0 over r_{n-1}: SlimGPT leaves it open
 
 
 def _by_depth(program: Program, shape: Callable[[int, int], float]) -> Keys:
-    """Shares that go from ``FIRST`` to 1 with the number of a block; axes outside of blocks count as the last."""
-    numbers: dict[str, set[int]] = {}
-    for group in program.need("groups"):
-        for found in filter(None, map(_BLOCK.match, group.modules)):
-            numbers.setdefault(found[1], set()).add(int(found[2]))
+    """Shares that go from ``FIRST`` to 1 with the number of a block; axes outside of blocks shrink as the last."""
+    places = _places(program)
     keys: Keys = {}
     for group in candidates(program):
-        share = 1.0
-        for found in filter(None, map(_BLOCK.match, group.modules)):
-            ordered = sorted(numbers[found[1]])
-            if len(ordered) > 1:
-                place = shape(ordered.index(int(found[2])), len(ordered))
-                share = min(share, FIRST + (1 - FIRST) * place)
-        keys[group.name] = _in_shares(group, share)
+        depths = [shape(place, count) for place, count in places[group.name] if count > 1]
+        keys[group.name] = _in_shares(group, FIRST + (1 - FIRST) * min(depths, default=1.0))
     return keys
+
+
+def _places(program: Program) -> dict[str, list[tuple[int, int]]]:
+    """Name of a group → (number of its block, number of blocks in that sequence), for each of its modules in one."""
+    numbers: dict[str, set[int]] = {}
+    found = {group.name: [m for m in map(_BLOCK.match, group.modules) if m] for group in program.need("groups")}
+    for one in (one for many in found.values() for one in many):
+        numbers.setdefault(one[1], set()).add(int(one[2]))
+    order = {path: {number: i for i, number in enumerate(sorted(held))} for path, held in numbers.items()}
+    return {name: [(order[m[1]][int(m[2])], len(order[m[1]])) for m in many] for name, many in found.items()}
 
 
 def _sorted_scores(program: Program, name: str) -> Keys:

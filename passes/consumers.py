@@ -64,7 +64,8 @@ class Consumers(TorchFunctionMode):
         kwargs = kwargs or {}
         product = _PRODUCTS.get(func)
         if product is not None and len(args) > product.weight and id(args[product.weight]) in self._wanted:
-            instead = self._see(args[product.weight], product, args, kwargs)
+            weight = args[product.weight]
+            instead = self._see(weight, product, args, kwargs)
             if instead is not None:
                 args = (*args[: product.weight], instead, *args[product.weight + 1 :])
         return func(*args, **kwargs)

@@ -11,10 +11,10 @@ from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
 METHODS: dict[str, tuple[Pass, ...]] = {
-    "flap": (score_by("flap-wifv"), allocate_budget("standardised"), select_structures, compensate_bias),
+    "flap": (score_by("flap-wifv"), allocate_budget("sparing"), select_structures, compensate_bias),
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
-    "slimgpt": (keep_consumed, allocate_budget("log-increasing"), prune_by_obs()),
-    "wanda-sp": (score_by("wanda-sp"), allocate_budget("uniform"), select_structures),
+    "slimgpt": (keep_consumed, allocate_budget("sparing"), prune_by_obs()),
+    "wanda-sp": (score_by("wanda-sp"), allocate_budget("sparing"), select_structures),
 }
 
 
