@@ -103,9 +103,7 @@ def sparing(program: Program) -> Keys:
     places = _places(program)
     keys: Keys = {}
     for group in candidates(program):
-        at_an_end = any(
-            place < round(count / 10) or place >= count - round(count / 16) for place, count in places[group.name]
-        )
+        ends = [place < round(count / 10) or place >= count - round(count / 16) for place, count in places[group.name]]
         late = 0.5 if any(ends) or group.size < 8 else 0.0
         keys[group.name] = _in_shares(group, 1.0) + late
     return keys
