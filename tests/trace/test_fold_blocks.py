@@ -12,7 +12,7 @@ import graphprune
 from graphprune.passes import trace_model as trace_pass
 from graphprune.trace import export
 from graphprune.trace.export import trace
-from graphprune.trace.fold_blocks import Counter, Folder, _runs
+from graphprune.trace.fold_blocks import Counter, Folder, Run, _runs
 from graphprune.trace.inputs import example_inputs_for
 
 
@@ -127,15 +127,16 @@ def test_blocks_that_only_seem_equal_are_traced_in_full(kind):
 
 def test_blocks_of_other_sizes_or_with_shared_weights_are_no_run():
     model = Deep()
-    assert list(_runs("blocks", model.blocks, set())) == [[f"blocks.{i}" for i in range(5)]]
+    assert list(_runs("blocks", model.blocks, set())) == [Run([f"blocks.{i}" for i in range(5)], [("", "number")])]
     model.blocks[2].up = nn.Linear(8, 16)
     model.blocks[4].heads = 2
-    assert list(_runs("blocks", model.blocks, set())) == [["blocks.0", "blocks.1", "blocks.3"]]
+    (run,) = _runs("blocks", model.blocks, set())
+    assert run.paths == ["blocks.0", "blocks.1", "blocks.3"]
     tied = Deep()
     for block in tied.blocks[1:]:
         block.up = tied.blocks[0].up
     folder = Folder()
-    folder.install(tied)
+    folder.copy_structure(tied)
     assert folder.runs == []
     graphprune.compile(tied, 0.2, example_inputs=X)
 
