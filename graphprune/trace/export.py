@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import StringIO
 from itertools import count
 from typing import Any
@@ -83,20 +84,23 @@ class Trace:
 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module whose forward made ``node``."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    path, *_ = next(reversed(stack.values()))
     return str(path).removeprefix(_ENTRY).lstrip(".")
 
 
 def source_line(node: fx.Node) -> str:
     """``modeling_x.py:123 in forward (layers.0.mlp)``: where in the user's code ``node`` comes from."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{_innermost(node.meta.get('stack_trace') or '')} {module_path(node)}".strip()
+
+
+@lru_cache(maxsize=4096)
+def _innermost(stack_trace: str) -> str:
+    frames = _FRAME.findall(stack_trace)
     own = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
-    where = "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
-    path = module_path(node)
-    return f"{where} {path}".strip()
+    return "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
