@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from graphprune.errors import GraphPruneError
+from graphprune.ir.order import in_order
 from graphprune.ir.program import Order, Program
 from graphprune.passes.base import compiler_pass
 
@@ -31,22 +31,9 @@ def allocate_budget(program: Program) -> None:
     ranking = program.options.ranking
     if ranking not in RANKINGS:
         raise GraphPruneError(f"There is no ranking {ranking!r}. Rankings: {', '.join(sorted(RANKINGS))}.")
-    names, keys, indices, choices = [], [], [], {}
-    for name, values in program.need("scores").items():
-        if values.ndim == 2:
-            choices[name], values = _from_each_row(values)
-        found = values.double().sort(stable=True)
-        names.append(name)
-        keys.append(RANKINGS[ranking](found.values))
-        indices.append(found.indices)
-    nothing = torch.zeros(0)
-    # Sorted runs behind each other: NumPy's stable sort only merges them.
-    first_to_go = torch.from_numpy(np.argsort(torch.cat(keys or [nothing]).numpy(), kind="stable"))
-    group = torch.cat([torch.full((len(one),), i) for i, one in enumerate(indices)] or [nothing.long()])
-    program.order = Order(names, group[first_to_go], torch.cat(indices or [nothing.long()])[first_to_go], choices)
-
-
-def _from_each_row(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A ragged axis: its k-th structure takes the k-th smallest of every row, and scores what these score together."""
-    in_order, choices = values.sort(dim=1, stable=True)
-    return choices, in_order.sum(0)
+    order = Order({}, {})
+    for name, scores in program.need("scores").items():
+        values, order.indices[name] = in_order(scores)
+        # The k-th structure of a ragged axis takes the k-th smallest of every row, and scores what they score together.
+        order.keys[name] = RANKINGS[ranking](values.sum(0) if values.ndim == 2 else values)
+    program.order = order

@@ -80,16 +80,15 @@ class NodeGroup:
 
 @dataclass(frozen=True)
 class Order:
-    """All removal structures, the first to go first.
+    """The removal structures of every group, the first to go first.
 
-    Entry ``k`` is structure ``index[k]`` of the group ``names[group[k]]``; both int64 of shape (structures,). That is
-    the index of this number or, for a group in ``choices``, ``choices[name][h, index[k]]`` under every ``h``.
+    ``keys``, float64 of shape (size,), never fall and say what goes first of all groups: the smallest, ties in the
+    order of the groups. The k-th structure of a group is ``indices[name][k]``, int64 of shape (size,), or for a ragged
+    group ``indices[name][h, k]`` under every ``h``.
     """
 
-    names: list[str]
-    group: torch.Tensor
-    index: torch.Tensor
-    choices: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: dict[str, torch.Tensor]
+    indices: dict[str, torch.Tensor]
 
 
 @dataclass

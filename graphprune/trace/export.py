@@ -237,7 +237,7 @@ def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden
 
 def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
     """A tensor that forward writes to may not be another one's memory as well: sliced, each would have its own."""
-    held = names(model)
+    held = names(model) if written else {}
     for name in written:
         storage = held[name].untyped_storage()
         for other, tensor in held.items():

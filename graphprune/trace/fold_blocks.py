@@ -27,7 +27,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.trace.provenance import SizeInt, plain
-from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.skeleton import copy_structure, tensors
 
 MINIMUM = 3  # blocks in a run: fewer are not worth it
 BLOCK_KEY = "graphprune_block"
@@ -313,10 +313,14 @@ def _all_runs(model: nn.Module) -> list[Run]:
 
 
 def _shared_tensors(model: nn.Module) -> set[int]:
-    seen: dict[int, int] = {}
-    for tensor in names(model).values():
-        seen[id(tensor)] = seen.get(id(tensor), 0) + 1
-    return {key for key, count in seen.items() if count > 1}
+    """The ids of all tensors that have several names."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for _, module in model.named_modules(remove_duplicate=False):
+        held = [id(t) for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        shared.update(seen.intersection(held) if len(set(held)) == len(held) else held)
+        seen.update(held)
+    return shared
 
 
 def _runs(path: str, container: nn.Module, shared: set[int]) -> Iterator[Run]:
@@ -324,7 +328,7 @@ def _runs(path: str, container: nn.Module, shared: set[int]) -> Iterator[Run]:
     alike: dict[Any, list[tuple[int, str, _Integers]]] = {}
     for place, (name, block) in enumerate(container.named_children()):
         is_called = type(block).forward is not nn.Module.forward  # a list of modules is not
-        if is_called and "forward" not in vars(block) and not any(id(t) in shared for t in names(block).values()):
+        if is_called and "forward" not in vars(block) and shared.isdisjoint(map(id, tensors(block))):
             integers: _Integers = {}
             alike.setdefault(_signature(block, integers), []).append((place, f"{path}.{name}".lstrip("."), integers))
     for blocks in alike.values():
