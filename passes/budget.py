@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 
-import numpy as np
 import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, inner_width, leaves
+from graphprune.ir.order import longest_prefix
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.ir.sizes import Polynomial
 
@@ -32,7 +33,7 @@ def fill_budget(program: Program, keys: Keys) -> dict[str, int]:
     reachable = counter.total - counter.count(blocks.most())
     if reachable < wanted:
         raise _unreachable(program, reachable / counter.total)
-    return _fill(counter, blocks, blocks.longest_prefix(counter, wanted), wanted)
+    return _fill(counter, blocks, wanted)
 
 
 class ParameterCounter:
@@ -42,29 +43,34 @@ class ParameterCounter:
         axes = program.need("axes")
         groups = {find(group.axis): group.name for group in program.need("prunable")}
         self.fixed = 0
-        self.shrinking: list[tuple[Polynomial, frozenset[str]]] = []
-        distinct = {axes.canonical[name] for name, _ in program.model.named_parameters()}
-        for name in sorted(distinct):
-            dims = axes.tensors[name]
+        self.shrinking = Polynomial({})  # the sum of all that shrink
+        sizes: dict[Axis, Polynomial] = {}
+        for name in {axes.canonical[name] for name, _ in program.model.named_parameters()}:
+            dims = [find(axis) for axis in axes.tensors[name]]
             if any(leaf in groups for axis in dims for leaf in leaves(axis)):
                 size = Polynomial.constant(1)
                 for axis in dims:
-                    size = size * Polynomial.of(axis)
-                self.shrinking.append((size, frozenset(groups[a] for a in size.symbols() if a in groups)))
+                    if axis not in sizes:
+                        sizes[axis] = Polynomial.of(axis)
+                    size = size * sizes[axis]
+                self.shrinking.add(size)
             else:
                 self.fixed += math.prod(axis.size for axis in dims)
         self.names = groups
+        self._of_group: dict[str, Polynomial] = {name: Polynomial({}) for name in groups.values()}
+        for monomial, factor in self.shrinking.terms.items():
+            for leaf in {leaf for leaf in monomial if leaf in groups}:
+                self._of_group[groups[leaf]].terms[monomial] = factor
         self.total = self.count({})
 
     def count(self, removed: dict[str, int]) -> int:
-        size = self._sizes(removed)
-        return self.fixed + sum(polynomial.value(size) for polynomial, _ in self.shrinking)
+        return self.fixed + self.shrinking.value(self._sizes(removed))
 
     def cost(self, name: str, how_many: int, removed: dict[str, int]) -> int:
         """Parameters that ``how_many`` more indices of a group would take."""
-        touched = [polynomial for polynomial, names in self.shrinking if name in names]
+        touched = self._of_group[name]
         before, after = self._sizes(removed), self._sizes({**removed, name: removed.get(name, 0) + how_many})
-        return sum(polynomial.value(before) - polynomial.value(after) for polynomial in touched)
+        return touched.value(before) - touched.value(after)
 
     def _sizes(self, removed: dict[str, int]) -> Callable[[Axis], int]:
         def size(axis: Axis) -> int:
@@ -74,46 +80,22 @@ class ParameterCounter:
 
 
 class _Blocks:
-    """All structures in one order, as blocks of those that go together, so that widths stay multiples.
+    """The structures of every group as blocks that go together, so that widths stay multiples of ``round_to``.
 
-    ``queue`` has one entry per block, the number of its group, at the place of the last of its structures.
+    ``keys`` has, for every group, the key of each of its blocks: that of the last structure in it.
     """
 
     def __init__(self, program: Program, keys: Keys):
         groups = {group.name: group for group in program.need("prunable")}
-        self.names = list(keys)
-        self.steps = {name: _steps(groups[name], program) for name in self.names}
-        nothing = torch.zeros(0)
-        # Sorted runs behind each other: NumPy's stable sort only merges them.
-        order = torch.from_numpy(np.argsort(torch.cat([*keys.values(), nothing]).numpy(), kind="stable"))
-        sizes = [len(values) for values in keys.values()]
-        # Of small numbers torch sorts short ones sooner.
-        number = torch.int16 if len(sizes) < 2**15 else torch.int64
-        group = torch.cat([torch.full((n,), i, dtype=number) for i, n in enumerate(sizes)] or [nothing.long()])[order]
-        is_end = torch.zeros(len(group), dtype=torch.bool)
-        for name, places in zip(self.names, group.argsort(stable=True).split(sizes), strict=True):
-            steps = self.steps[name]
-            is_end[places[torch.arange(steps.start, max(steps.start, steps.stop), steps.step) - 1]] = True
-        self.queue = group[is_end]
+        self.steps = {name: _steps(groups[name], program) for name in keys}
+        self.keys = [keys[name].numpy()[_ends(steps)] for name, steps in self.steps.items()]
 
-    def prefix(self, length: int) -> dict[str, int]:
-        """Indices removed per group by the first ``length`` blocks."""
-        taken = self.queue[:length].bincount(minlength=len(self.names)).tolist()
-        return {name: self.steps[name][n - 1] for name, n in zip(self.names, taken, strict=True) if n}
+    def removed(self, taken: Sequence[int]) -> dict[str, int]:
+        """Indices removed per group by so many blocks of each."""
+        return {name: steps[n - 1] for (name, steps), n in zip(self.steps.items(), taken, strict=True) if n}
 
     def most(self) -> dict[str, int]:
-        return self.prefix(len(self.queue))
-
-    def longest_prefix(self, counter: ParameterCounter, wanted: float) -> int:
-        """The largest number of blocks that removes no more than ``wanted``."""
-        low, high = 0, len(self.queue)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if counter.total - counter.count(self.prefix(middle)) <= wanted:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return self.removed([len(keys) for keys in self.keys])
 
 
 def _steps(group: NodeGroup, program: Program) -> range:
@@ -130,29 +112,31 @@ def _steps(group: NodeGroup, program: Program) -> range:
     return range(group.size % unit or unit, group.size - max(group.minimum, group.careful) + 1, unit)
 
 
-def _fill(counter: ParameterCounter, blocks: _Blocks, length: int, wanted: float) -> dict[str, int]:
-    """Go on behind the prefix with every block that still fits, until nothing does."""
-    removed = blocks.prefix(length)
+def _ends(steps: range) -> slice:
+    """Where the last structure of every block is."""
+    return slice(steps.start - 1, max(steps.start, steps.stop) - 1, steps.step)
+
+
+def _fill(counter: ParameterCounter, blocks: _Blocks, wanted: float) -> dict[str, int]:
+    """The blocks of the smallest keys that remove no more than ``wanted``, and then every one that still fits."""
+    taken = longest_prefix(blocks.keys, lambda taken: counter.total - counter.count(blocks.removed(taken)) <= wanted)
+    removed = blocks.removed(taken)
     gap = wanted - (counter.total - counter.count(removed))
-    costs: dict[str, tuple[int, int]] = {}
-    blocked: set[str] = set()  # a group whose next block does not fit: the gap only gets smaller
-    for number in blocks.queue[length:].tolist():
-        name = blocks.names[number]
-        if name in blocked:
-            continue
-        if name not in costs:
-            gone = removed.get(name, 0)
-            step = next(s for s in blocks.steps[name] if s > gone) - gone
-            costs[name] = (step, counter.cost(name, step, removed))
-        step, cost = costs[name]
+    names = list(blocks.steps)
+    next_ones = [(keys[n], i) for i, (keys, n) in enumerate(zip(blocks.keys, taken, strict=True)) if n < len(keys)]
+    heapify(next_ones)
+    while next_ones:  # a group whose next block does not fit is done: the gap only gets smaller
+        _, i = heappop(next_ones)
+        name = names[i]
+        gone = removed.get(name, 0)
+        step = blocks.steps[name][taken[i]] - gone
+        cost = counter.cost(name, step, removed)
         if cost <= gap:
-            removed[name] = removed.get(name, 0) + step
+            removed[name] = gone + step
             gap -= cost
-            costs.clear()
-        else:
-            blocked.add(name)
-            if len(blocked) == len(blocks.steps):
-                break
+            taken[i] += 1
+            if taken[i] < len(blocks.keys[i]):
+                heappush(next_ones, (blocks.keys[i][taken[i]], i))
     return removed
 
 

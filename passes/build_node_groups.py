@@ -51,11 +51,11 @@ def build_node_groups(program: Program) -> None:
     for axis, minimum in axes.facts.minimums:
         for leaf in set(leaves(axis)) & groups.keys():
             groups[leaf].minimum = max(groups[leaf].minimum, minimum)
+    below: dict[Axis, list[Axis]] = {}  # axis → the leaves below it that have a group
     for node, dims in axes.values.items():
         if node.op == "call_function":
-            for leaf in _leaves_of(dims):
-                if leaf in groups:
-                    groups[leaf].operators.append(node)
+            for leaf in _leaves_of(dims, groups, below):
+                groups[leaf].operators.append(node)
     program.groups = list(groups.values())
 
 
@@ -69,10 +69,17 @@ def outer_leaves(axis: Axis) -> Iterator[Axis]:
             yield from outer_leaves(part)
 
 
-def _leaves_of(dims: Dims | list[Dims] | None) -> set[Axis]:
+def _leaves_of(
+    dims: Dims | list[Dims] | None, groups: dict[Axis, NodeGroup], below: dict[Axis, list[Axis]]
+) -> set[Axis]:
     if isinstance(dims, list):
-        return {leaf for one in dims for leaf in _leaves_of(one)}
-    return {find(leaf) for axis in dims or () for leaf in leaves(axis)}
+        return {leaf for one in dims for leaf in _leaves_of(one, groups, below)}
+    found: set[Axis] = set()
+    for axis in map(find, dims or ()):
+        if axis not in below:
+            below[axis] = [leaf for leaf in leaves(axis) if leaf in groups]
+        found.update(below[axis])
+    return found
 
 
 def _consumed(program: Program) -> set[tuple[str, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,17 @@ from graphprune.ir.axes import Misaligned, Pin, leaves, pin, unify
 from graphprune.ir.program import AxisMap, Options, Program
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.index_of import follow_indices, settle
-from graphprune.rules.registry import Dims, Facts, Rule, SizeUse, concrete, dims_of, find_rule, is_stand_in
+from graphprune.rules.registry import (
+    Dims,
+    Facts,
+    Rule,
+    SizeUse,
+    any_stand_ins,
+    concrete,
+    dims_of,
+    find_rule,
+    is_stand_in,
+)
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
 from graphprune.trace.quiet import collected_later
@@ -113,9 +124,9 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node, options: Options) -> Any:
     for target in targets:
         for axis, other in zip(out, axes.values[target], strict=True):
             speaker.same(axis, other)
-    for axis in follow_indices(node, selections):
+    for axis in follow_indices(node, selections) if selections.index_of or selections.running_sums else ():
         pin(axis, _as_numbers(node))
-    for size in _sizes((args, kwargs)):
+    for size in _sizes((args, kwargs)) if node in found.sized_args else ():
         if id(size) not in speaker.sizes_used:
             # Used as a number, not as a size: what it stands for must keep its value.
             axes.facts.size_uses.append(SizeUse(size.expr, _number(int(size)), source_line(node)))
@@ -124,10 +135,17 @@ def _call(found: Trace, axes: AxisMap, node: fx.Node, options: Options) -> Any:
 
 def _split_off_targets(node: fx.Node, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[fx.Node]]:
     """The keyword arguments without those that only receive the result (``out=``), and the nodes of these."""
-    schema = getattr(node.target, "_schema", None)
-    written = {a.name for a in schema.arguments if a.kwarg_only and a.is_write} if schema is not None else set()
+    written = _only_written(node.target) if kwargs else ()
+    if not written:
+        return kwargs, []
     targets = [kwargs[name] for name in written if isinstance(kwargs.get(name), fx.Node)]
     return {name: value for name, value in kwargs.items() if name not in written}, targets
+
+
+@cache
+def _only_written(operator: Any) -> set[str]:
+    schema = getattr(operator, "_schema", None)
+    return {a.name for a in schema.arguments if a.kwarg_only and a.is_write} if schema is not None else set()
 
 
 def _as_numbers(node: fx.Node) -> Pin:
@@ -172,6 +190,8 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _pin_unknown_sizes(out: Any) -> None:
+    if not any_stand_ins():
+        return
     for dims in out if isinstance(out, list) else [out]:
         for axis in dims or ():
             if any(is_stand_in(leaf.size) for leaf in leaves(axis)):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graphprune.ir.plan import Keep, Plan
+from graphprune.ir import order
+from graphprune.ir.plan import Plan, as_lists
 from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.budget import ParameterCounter
@@ -23,8 +24,8 @@ def in_order(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     The k-th structure of a ragged axis, whose scores have shape ``(outer size, size)``, takes the k-th smallest of
     every row and scores what these score together; its indices have that shape too.
     """
-    found = scores.double().sort(dim=-1, stable=True)
-    return found.values.sum(0) if scores.ndim == 2 else found.values, found.indices
+    values, indices = order.in_order(scores)
+    return values.sum(0) if values.ndim == 2 else values, indices
 
 
 def make_plan(program: Program, removed: dict[str, torch.Tensor]) -> None:
@@ -39,11 +40,11 @@ def make_plan(program: Program, removed: dict[str, torch.Tensor]) -> None:
             sizes[group.name] = group.size
             if gone.ndim == 2:
                 under[group.name] = program.need("ragged")[group.name]
-    keep: dict[str, Keep] = {name: indices.tolist() for name, indices in kept.items()}
     skipped = dict(program.need("skipped"))
     counter = ParameterCounter(program)
     reached = 1 - counter.count({name: gone.shape[-1] for name, gone in removed.items()}) / counter.total
-    plan = Plan(reached, keep, sizes, skipped, options.method, options.width, under, options.experts)
+    plan = Plan(reached, skipped=skipped, method=options.method, width=options.width, experts=options.experts)
+    plan.keep, plan.sizes, plan.under = as_lists(kept), sizes, under  # in order as made: not checked index by index
     program.follow(plan, kept)
 
 

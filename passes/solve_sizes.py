@@ -54,22 +54,24 @@ class _Solver:
             self.escapes = []
             self.uses = [use for use in self.uses if use.node is not None and rewrite_of(use.node.target) is None]
         self._old: dict[Attribute, Polynomial] = {}
+        self._sizes: dict[Axis, Polynomial] = {}
 
     def solve(self) -> Solution:
         """Attributes that stand alone first, then those inside a sum or product with known ones."""
+        self._sizes.clear()  # what is pinned since is a number now
         solution: Solution = {}
         if self.in_graph:
             return solution
         compound = []
         for use in self.uses:
             if isinstance(use.expr, Attribute):
-                solution.setdefault(use.expr, Polynomial.of(use.axis))
+                solution.setdefault(use.expr, self._size(use.axis))
             elif isinstance(use.expr, Combined):
                 compound.append(use)
         for use in compound:
             unknown = [a for a in _attributes(use.expr) if a not in solution]
             if len(set(unknown)) == 1 and len(unknown) == 1:
-                found = self._invert(use.expr, unknown[0], Polynomial.of(use.axis), solution)
+                found = self._invert(use.expr, unknown[0], self._size(use.axis), solution)
                 if found is not None:
                     solution[unknown[0]] = found
         for escape in self.escapes:
@@ -85,22 +87,28 @@ class _Solver:
                     if size is not None and size.value(_full_size) == self._old_value(mine).value(_no_symbols):
                         solution[mine] = size
 
+    def _size(self, axis: Axis) -> Polynomial:
+        axis = find(axis)
+        if axis not in self._sizes:
+            self._sizes[axis] = Polynomial.of(axis)
+        return self._sizes[axis]
+
     def clashes(self, solution: Solution) -> Iterator[tuple[Axis, Pin]]:
         """Every leaf that must be pinned for all equations to hold, with the reason."""
         for use in self.uses:
-            want = Polynomial.of(use.axis)
+            want = self._size(use.axis)
             have = self.evaluate(use.expr, solution)
             if have is None:
                 yield from (
                     (axis, Pin(f"its size is computed as {show(use.expr)}", use.where))
                     for axis in want.symbols() | self.symbols(use.expr, solution)
                 )
-            elif have != want:
+            elif have is not want and have != want:
                 what = f"the number {use.expr}" if isinstance(use.expr, int) else show(use.expr)
                 why = Pin(f"its size is given by {what}, which cannot follow", use.where)
                 yield from ((axis, why) for axis in disagreement(have, want))
         for group, where in self.equal_sizes:
-            sizes = [Polynomial.of(axis) for axis in group]
+            sizes = [self._size(axis) for axis in group]
             for size in sizes[1:]:
                 why = Pin("split into equal parts that need not stay equal", where)
                 yield from ((axis, why) for axis in disagreement(sizes[0], size))
@@ -167,7 +175,7 @@ class _Solver:
                 dims = dims[expr.output] if expr.output < len(dims) else None
         if dims is None or expr.dim >= len(dims):
             return None
-        return Polynomial.of(dims[expr.dim])
+        return self._size(dims[expr.dim])
 
     def _old_value(self, attribute: Attribute) -> Polynomial:
         if attribute not in self._old:

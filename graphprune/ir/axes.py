@@ -231,8 +231,9 @@ def unify(a: Axis, b: Axis, why: Pin | None = None) -> None:
         raise Misaligned(f"an axis of {a.size} cannot be an axis of {b.size}")
     if a.kind == "leaf":
         a._parent = b
-        for old in a.pins:
-            pin(b, old)
+        if a.pins:
+            for leaf in leaves(b):
+                leaf.pins.update(a.pins)
         return
     if b.kind == "leaf":
         unify(b, a, why)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+
 from graphprune.errors import GraphPruneError
 
 FORMAT = 1
@@ -111,6 +114,13 @@ class Plan:
             return cls(float(data["ratio"]), keep, sizes, skipped, method, width, under, experts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"The plan is damaged: {type(error).__name__}: {error}.") from None
+
+
+def as_lists(kept: Mapping[str, torch.Tensor]) -> dict[str, Keep]:
+    """Tensors of indices as lists, which share their integers: the plan of a large model has millions."""
+    largest = max((int(indices.max()) for indices in kept.values()), default=0)
+    integers = np.arange(largest + 1).astype(object)
+    return {name: integers[indices.numpy()].tolist() for name, indices in kept.items()}
 
 
 def _flag(data: Mapping[str, Any], name: str) -> bool:

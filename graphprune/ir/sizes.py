@@ -15,7 +15,7 @@ Monomial = tuple[Axis, ...]  # sorted by serial; the empty tuple is the constant
 
 
 class Polynomial:
-    """An integer polynomial; immutable by convention."""
+    """An integer polynomial; but for :meth:`add` immutable by convention."""
 
     __slots__ = ("terms",)
 
@@ -37,6 +37,11 @@ class Polynomial:
         for size in sizes[1:]:
             out = out * size if axis.kind == "product" else out + size
         return out
+
+    def add(self, other: Polynomial) -> None:
+        """Add in place: of a sum of many only the last is looked at."""
+        for monomial, value in other.terms.items():
+            self.terms[monomial] = self.terms.get(monomial, 0) + value
 
     def __add__(self, other: Polynomial) -> Polynomial:
         terms = dict(self.terms)

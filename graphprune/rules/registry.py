@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,8 +57,11 @@ def rule_by_name(*names: str) -> Callable[[RuleFunction], RuleFunction]:
 
 def find_rule(operator: Any) -> RuleFunction | None:
     """The rule of an operator: of the exact overload, else of its packet, else the pointwise rule if tagged so."""
+    found = _RULES.get(operator)
+    if found is not None:
+        return found
     packet = getattr(operator, "overloadpacket", None)
-    found = _RULES.get(operator) or _RULES.get(packet) or _BY_NAME.get(str(getattr(packet, "_qualified_op_name", "")))
+    found = _RULES.get(packet) or _BY_NAME.get(str(getattr(packet, "_qualified_op_name", "")))
     if found is None and torch.Tag.pointwise in getattr(operator, "tags", ()):
         return _RULES["pointwise"]
     return found
@@ -152,7 +156,7 @@ class Rule:
         self.experts = experts
         self.sizes_used: set[int] = set()
 
-    @property
+    @cached_property
     def where(self) -> str:
         return self._where(self.node)
 
@@ -238,6 +242,8 @@ class Rule:
 
     def same(self, a: Axis, b: Axis) -> Axis:
         """The two axes are one. A disagreement pins both."""
+        if find(a) is find(b):
+            return a
         try:
             unify(a, b, Pin("", self.where))
         except Misaligned as error:
@@ -336,6 +342,11 @@ def concrete(size: Any) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)
     return _stand_ins.setdefault(str(size), _FIRST_STAND_IN + 2 * len(_stand_ins))
+
+
+def any_stand_ins() -> bool:
+    """False as long as no size was one that depends on values."""
+    return bool(_stand_ins)
 
 
 def is_stand_in(size: int) -> bool:

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import StringIO
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
 from graphprune.trace.backends import use_portable
-from graphprune.trace.fold_blocks import BLOCK_KEY, Copy, Folder, unroll
+from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, add_inputs, nobody_looks_inside, unroll
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.opaque import CannotHide, Opaque, hide, offender
 from graphprune.trace.provenance import (
@@ -83,20 +84,23 @@ class Trace:
 
 def module_path(node: fx.Node) -> str:
     """The path of the innermost module whose forward made ``node``."""
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
+    path, *_ = next(reversed(stack.values()))
     return str(path).removeprefix(_ENTRY).lstrip(".")
 
 
 def source_line(node: fx.Node) -> str:
     """``modeling_x.py:123 in forward (layers.0.mlp)``: where in the user's code ``node`` comes from."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return f"{_innermost(node.meta.get('stack_trace') or '')} {module_path(node)}".strip()
+
+
+@lru_cache(maxsize=4096)
+def _innermost(stack_trace: str) -> str:
+    frames = _FRAME.findall(stack_trace)
     own = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
-    where = "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
-    path = module_path(node)
-    return f"{where} {path}".strip()
+    return "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
@@ -153,7 +157,7 @@ class _Entry(nn.Module):
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         held = names(self.model)
-        with self.recorder:
+        with self.recorder, nobody_looks_inside():
             out = self.model(*args, **kwargs)
         found = output_tensors(out)
         self.returned.spec, self.returned.leaves = _structure(out, found)
@@ -167,24 +171,33 @@ class _Entry(nn.Module):
         return [*found, *(now[name] for name in self.returned.rebound)]
 
 
-def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque | None = None) -> Trace:
+def trace(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    fold: bool = True,
+    whole: frozenset[str] = frozenset(),
+    hidden: Opaque | None = None,
+) -> Trace:
     """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
 
     ``inputs`` are real or meta tensors; nothing is computed with them. The model is not touched: what is traced is
     a structural copy that shares its weights, in eval mode and without hooks. With ``fold`` equal blocks are traced
-    once (:mod:`graphprune.trace.fold_blocks`); the graph is the same without. ``hidden`` are modules to leave opaque
-    (:mod:`graphprune.trace.opaque`); a module that turns out to need it is added.
+    once (:mod:`graphprune.trace.fold_blocks`), and those in ``whole`` where they are called otherwise; the graph is the
+    same without. ``hidden`` are modules to leave opaque (:mod:`graphprune.trace.opaque`); a module that turns out to
+    need it is added.
 
     Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
     """
-    folder = Folder() if fold else None
-    recorder = SizeRecorder((lambda: folder.current) if folder else (lambda: None))
-    skeleton = copy_structure(model).eval()
+    folder = Folder(whole)
+    recorder = SizeRecorder(lambda: folder.current)
+    try:
+        skeleton = (folder.copy_structure(model) if fold else copy_structure(model)).eval()
+    except CannotFold:
+        return trace(model, inputs, fold=False, hidden=hidden)
     use_portable(skeleton, tracing=True)
     hidden = hidden or Opaque()
     hidden.install(skeleton)
-    if folder is not None:
-        folder.install(skeleton)
     wrap_sizes(skeleton, recorder)
     leaves, spec = tree_flatten(inputs)
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -192,9 +205,11 @@ def trace(model: nn.Module, inputs: Inputs, *, fold: bool = True, hidden: Opaque
     try:
         with _undisturbed(skeleton), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
-        found = _read(program, recorder, given, entry.returned.rebound)
+        found = _read(program, recorder, given, entry.returned.rebound, folder, list(names(model)))
     except Exception as error:
-        if folder is not None and folder.runs:  # perhaps only because of the folding
+        if folder.missing is not None:
+            return trace(model, inputs, whole=folder.more())
+        if folder.runs:  # perhaps only because of the folding
             return trace(model, inputs, fold=False)
         if isinstance(error, GraphPruneError):
             raise
@@ -222,7 +237,7 @@ def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden
 
 def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
     """A tensor that forward writes to may not be another one's memory as well: sliced, each would have its own."""
-    held = names(model)
+    held = names(model) if written else {}
     for name in written:
         storage = held[name].untyped_storage()
         for other, tensor in held.items():
@@ -288,7 +303,12 @@ def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
 
 
 def _read(
-    program: torch.export.ExportedProgram, recorder: SizeRecorder, given: list[torch.Tensor], replaced: list[str]
+    program: torch.export.ExportedProgram,
+    recorder: SizeRecorder,
+    given: list[torch.Tensor],
+    replaced: list[str],
+    folder: Folder,
+    order: list[str],
 ) -> Trace:
     tensor_names, constants, input_names = {}, {}, []
     for spec in program.graph_signature.input_specs:
@@ -308,7 +328,10 @@ def _read(
     ]
     sized_args, call_outputs, unmatched = _match_calls(program.graph, recorder.calls)
     escapes = [*recorder.escapes, *unmatched]
-    copies, gone = unroll(program.graph, {name: by_name[placeholder] for placeholder, name in tensor_names.items()})
+    placeholders = {name: by_name[placeholder] for placeholder, name in tensor_names.items()}
+    add_inputs(program.graph, placeholders, order, folder.outlines())
+    tensor_names = {node.name: name for name, node in placeholders.items()}
+    copies, gone = unroll(program.graph, placeholders, folder.repeats)
     _repeat_facts(copies, gone, sized_args, call_outputs, escapes)
     # What was matched before blocks were unrolled still names the nodes that are gone.
     sized_args = {node: fx.node.map_arg(found, lambda n: gone.get(n, n)) for node, found in sized_args.items()}
@@ -365,8 +388,8 @@ def _repeat_facts(
     escapes: list[Escape],
 ) -> None:
     """What is known of a traced block holds for its copies, with their names, and calls numbered anew."""
-    for number, nodes in _outputs_of_repeats(gone).items():
-        call_outputs[number] = nodes
+    for node, successor in gone.items():
+        call_outputs[node.meta["custom"][META_KEY]] = successor
     numbers = count(max(call_outputs, default=0) + 1)
     made_by = {node: number for number, node in call_outputs.items() if isinstance(node, fx.Node)}
     for copy in copies:
@@ -389,9 +412,9 @@ def _repeat_facts(
                     {key: _of_copy(value, made.kwargs[key], rename, renumber) for key, value in kwargs.items()},
                 )
         escapes += [
-            Escape(moved(escape.expr, rename, renumber), escape.where, copy.path)
+            Escape(moved(escape.expr, rename, renumber), escape.where)
             for escape in list(escapes)
-            if escape.block == copy.original
+            if escape.block == copy.template
         ]
 
 
@@ -402,16 +425,6 @@ def _of_copy(value: Any, made: Any, rename: Callable[[str], str], renumber: Call
     if isinstance(value, (list, tuple)):
         return type(value)(_of_copy(v, m, rename, renumber) for v, m in zip(value, made, strict=True))
     return made
-
-
-def _outputs_of_repeats(gone: dict[fx.Node, fx.Node]) -> dict[int, list[fx.Node]]:
-    """Number of the call that left a repeat node → the nodes of its outputs, in order."""
-    found: dict[int, list[tuple[int, fx.Node]]] = {}
-    for node, successor in gone.items():
-        number = (node.meta.get("custom") or {}).get(META_KEY)
-        if number is not None:
-            found.setdefault(number, []).append((cast(int, node.args[1]), successor))
-    return {number: [node for _, node in sorted(pairs, key=lambda p: p[0])] for number, pairs in found.items()}
 
 
 class _Sizes:

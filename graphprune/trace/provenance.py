@@ -82,11 +82,11 @@ def moved(expr: Expr, rename: Callable[[str], str], renumber: Callable[[int], in
 
 @dataclass(frozen=True)
 class Escape:
-    """A size that entered arithmetic other than sizes, or was compared, while ``block`` (a module path) was traced."""
+    """A size that entered arithmetic other than sizes, or was compared, in a repeated block of number ``block``."""
 
     expr: Expr
     where: str
-    block: str | None = None
+    block: int | None = None
 
 
 class SizeInt(int):
@@ -266,9 +266,9 @@ class SizeRecorder(TorchFunctionMode):
     :class:`SizeInt`.
     """
 
-    def __init__(self, block: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, block: Callable[[], int | None] = lambda: None) -> None:
         super().__init__()
-        self.block = block  # the path of the repeated block that is being traced, if any
+        self.block = block  # the number of the repeated block that is being traced, if any
         self.calls: dict[int, Call] = {}
         self.escapes: list[Escape] = []
         self.in_forward = False  # the model's own code is running, so that a comparison is one of the model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,13 +30,14 @@ def names(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def copy_structure(model: nn.Module, replace: Replace | None = None) -> nn.Module:
+def copy_structure(model: nn.Module, replace: Replace | None = None, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of everything but the weights: modules, configs, hooks, attributes.
 
     Each parameter and buffer of the copy is ``replace(original)``, or the original itself when ``replace`` is None;
-    tied tensors stay tied. No weight is copied here.
+    tied tensors stay tied. No weight is copied here. ``memo`` is that of :func:`copy.deepcopy`: what is copied already.
     """
-    memo: dict[int, object] = {id(t): t if replace is None else replace(t) for t in tensors(model)}
+    memo = {} if memo is None else memo
+    memo |= {id(t): t if replace is None else replace(t) for t in tensors(model)}
     for module in model.modules():  # a tensor that an earlier forward computed and left behind
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:

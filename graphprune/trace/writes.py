@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import fx
@@ -26,15 +27,26 @@ def written_placeholders(graph: fx.Graph) -> set[fx.Node]:
 
 def _shared_arguments(node: fx.Node) -> list[tuple[fx.Node, bool]]:
     """The arguments whose memory the output of ``node`` may share, and whether ``node`` writes to them."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target.namespace == "graphprune":  # type: ignore[union-attr]
+    aliased = _aliased(node.target)
+    if aliased is None:
         return [(source, False) for source in node.all_input_nodes]
     found = []
-    for place, argument in enumerate(schema.arguments):
-        given = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-        if argument.alias_info is not None:
-            found += [(source, argument.alias_info.is_write) for source in _nodes(given)]
+    for place, name, is_write in aliased:
+        given = node.args[place] if place < len(node.args) else node.kwargs.get(name)
+        found += [(source, is_write) for source in _nodes(given)]
     return found
+
+
+@cache
+def _aliased(operator: Any) -> list[tuple[int, str, bool]] | None:
+    """Place and name of every argument that the result may share memory with, and whether it is written to.
+
+    None if all of them may, read only.
+    """
+    schema = getattr(operator, "_schema", None)
+    if schema is None or operator.namespace == "graphprune":
+        return None
+    return [(i, a.name, a.alias_info.is_write) for i, a in enumerate(schema.arguments) if a.alias_info is not None]
 
 
 def _nodes(value: Any) -> list[fx.Node]:

@@ -12,7 +12,7 @@ import graphprune
 from graphprune.passes import trace_model as trace_pass
 from graphprune.trace import export
 from graphprune.trace.export import trace
-from graphprune.trace.fold_blocks import Counter, Folder, _runs
+from graphprune.trace.fold_blocks import Counter, Folder, Run, _runs
 from graphprune.trace.inputs import example_inputs_for
 
 
@@ -127,17 +127,137 @@ def test_blocks_that_only_seem_equal_are_traced_in_full(kind):
 
 def test_blocks_of_other_sizes_or_with_shared_weights_are_no_run():
     model = Deep()
-    assert list(_runs("blocks", model.blocks, set())) == [[f"blocks.{i}" for i in range(5)]]
+    assert list(_runs("blocks", model.blocks, set())) == [Run([f"blocks.{i}" for i in range(5)], [("", "number")])]
     model.blocks[2].up = nn.Linear(8, 16)
     model.blocks[4].heads = 2
-    assert list(_runs("blocks", model.blocks, set())) == [["blocks.0", "blocks.1", "blocks.3"]]
+    (run,) = _runs("blocks", model.blocks, set())
+    assert run.paths == ["blocks.0", "blocks.1", "blocks.3"]
     tied = Deep()
     for block in tied.blocks[1:]:
         block.up = tied.blocks[0].up
     folder = Folder()
-    folder.install(tied)
+    folder.copy_structure(tied)
     assert folder.runs == []
     graphprune.compile(tied, 0.2, example_inputs=X)
+
+
+class ReadsAWeight(Deep):
+    def forward(self, x):
+        return super().forward(x) + self.blocks[3].up.weight.sum()
+
+
+class LooksForAModule(Deep):
+    def forward(self, x):
+        up = getattr(self.blocks[3], "up", None)
+        return super().forward(x) + (0.0 if up is None else up.bias.sum())
+
+
+class SumsAllParameters(Deep):
+    def forward(self, x):
+        return super().forward(x) + sum((p * p).sum() for p in self.parameters())
+
+
+class CountsChildren(Deep):
+    def forward(self, x):
+        return super().forward(x) * len(list(self.blocks[3].children()))
+
+
+class HoldsModules(Deep):
+    def __init__(self):
+        super().__init__()
+        self.held = [block.up for block in self.blocks]
+
+    def forward(self, x):
+        return super().forward(x) + self.held[3](self.first(x)).sum()
+
+
+@pytest.mark.parametrize("kind", [ReadsAWeight, LooksForAModule, SumsAllParameters, CountsChildren, HoldsModules])
+def test_repeated_blocks_that_are_looked_into_are_traced_in_full(kind):
+    folded, full = both(kind(), ((X,), {}))
+    assert not [n for n in folded.graph.nodes if n.target is torch.ops.graphprune.enter.default]
+    assert targets(folded) == targets(full)
+
+
+class ReadsAnAttribute(Deep):
+    def forward(self, x):
+        return super().forward(x) * self.blocks[3].heads
+
+
+class MaybeOffset(Block):
+    def forward(self, x, offset):
+        return super().forward(x, 0.0 if offset is None else offset)
+
+
+class CallsTheFirstOtherwise(Deep):
+    def __init__(self):
+        super().__init__(MaybeOffset)
+
+    def forward(self, x):
+        x, offset = self.first(x), None
+        for block in self.blocks:
+            x, _ = block(x, offset)
+            offset = x.mean(0, keepdim=True)
+        return self.last(x)
+
+
+class CallsAllTwice(Deep):
+    def forward(self, x):
+        x = self.first(x)
+        offset = x.mean(0, keepdim=True)
+        for block in (*self.blocks, *self.blocks):
+            x, _ = block(x, offset)
+        return self.last(x)
+
+
+class ChangesAnInputBetween(Deep):
+    def forward(self, x):
+        x = self.first(x)
+        offset = x.mean(0, keepdim=True)
+        for block in self.blocks:
+            x, _ = block(x, offset)
+            offset.mul_(0.5)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("kind", [ReadsAnAttribute, CallsTheFirstOtherwise, CallsAllTwice, ChangesAnInputBetween])
+def test_however_blocks_are_called_the_graph_is_the_same(kind):
+    folded, full = both(kind(), ((X,), {}))
+    calls = [n.args[1] for n in folded.graph.nodes if n.target is torch.ops.graphprune.enter.default]
+    assert calls == [f"blocks.{i}" for i in range(5)] * (len(calls) // 5)
+    assert len(calls) >= 5
+    assert targets(folded) == targets(full)
+    assert inputs_of_all(folded) == inputs_of_all(full)
+
+
+def inputs_of_all(trace) -> list[list[int]]:
+    """Of every operator the places of those whose outputs it takes, without the borders of blocks."""
+    place, source = {}, {}
+    found = []
+    for node in trace.graph.nodes:
+        if node.target is torch.ops.graphprune.enter.default:
+            continue
+        if "getitem" in str(node.target) and node.args[0].target is torch.ops.graphprune.enter.default:
+            source[node] = node.args[0].args[0][node.args[1]]
+            source[node] = source.get(source[node], source[node])
+            continue
+        place[node] = len(place)
+        found.append([place[source.get(n, n)] for n in node.all_input_nodes])
+    return found
+
+
+def test_the_weights_of_repeated_blocks_are_no_inputs_of_the_export(monkeypatch):
+    seen = []
+
+    def export_seen(*args, **kwargs):
+        program = true(*args, **kwargs)
+        seen.append(sum(n.op == "placeholder" for n in program.graph.nodes))
+        return program
+
+    true = torch.export.export
+    monkeypatch.setattr(torch.export, "export", export_seen)
+    traces = [export.trace(Deep(depth=depth), ((X,), {})) for depth in (5, 50)]
+    assert seen[0] == seen[1]
+    assert [len(trace.tensor_names) for trace in traces] == [4 + 4 * depth for depth in (5, 50)]
 
 
 def test_a_counter_notices_being_looked_at():
