@@ -11,7 +11,7 @@ import torch
 
 from graphprune.errors import GraphPruneError
 
-_MOST_DAMPING = 10.0
+_MOST_DAMPING = 100.0
 
 
 class Surgeon:
