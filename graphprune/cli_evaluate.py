@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graphprune.evaluate import Evaluation
 
 _EXAMPLES = """examples:
-  graphprune eval some-org/some-model smaller --text test.txt --tokens 20000
+  graphprune eval some-org/some-model smaller --text test.jsonl --tokens 20480
   graphprune eval smaller --tasks arc_easy hellaswag --limit 100 --json -o smaller.json
   graphprune eval model.gguf smaller --latency --memory
 """
