@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,7 @@ class Report:
         seconds: pass → seconds. total_seconds: of the whole call.
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
+        new_biases: linear layers that got a bias, by their paths, over all prunings so far.
         emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
     """
 
@@ -51,6 +52,7 @@ class Report:
     history: list[Report]
     base_config: Any
     emitted: str = "module"
+    new_biases: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -93,6 +95,7 @@ def make_report(
         history=[*earlier.history, earlier] if earlier else [],
         base_config=base_config,
         emitted=program.options.emit,
+        new_biases=[*(earlier.new_biases if earlier else []), *program.new_biases],
     )
 
 

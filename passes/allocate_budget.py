@@ -18,11 +18,13 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes.base import Pass
 from graphprune.passes.budget import Keys, fill_budget
+from graphprune.passes.score import score_by
 from graphprune.passes.select_structures import in_order
 
 Allocation = Callable[[Program], Keys]
 
 _ALLOCATIONS: dict[str, Allocation] = {}
+_COMPARING = {"global", "standardised"}  # allocations that compare scores
 _BLOCK = re.compile(r"(.*?)(?:^|\.)(\d+)(?=\.|$)")  # up to the first number of the path is a block
 
 
@@ -41,8 +43,11 @@ def allocation_names() -> list[str]:
     return sorted(_ALLOCATIONS)
 
 
-def allocate_budget(default: str) -> Pass:
-    """A pass that decides how many structures of each group go, by ``allocation=`` or else by ``default``."""
+def allocate_budget(default: str, criterion: str | None = None) -> Pass:
+    """A pass that decides how many structures of each group go, by ``allocation=`` or else by ``default``.
+
+    An allocation that compares scores takes those of ``criterion`` where no pass before made any.
+    """
 
     def run(program: Program) -> None:
         wanted = program.options.allocation
@@ -53,6 +58,8 @@ def allocate_budget(default: str) -> Pass:
                     f"There is no allocation {chosen!r}. Allocations: {', '.join(allocation_names())}; or a dict from "
                     "patterns of module paths to ratios."
                 )
+            if chosen in _COMPARING and program.scores is None and criterion is not None:
+                score_by(criterion)(program)
             keys = _ALLOCATIONS[chosen](program)
         else:
             keys = explicit(program, chosen)

@@ -23,7 +23,8 @@ class Product:
     """How an operator uses a weight.
 
     ``x`` and ``weight`` are the places of its arguments. ``dim`` is the dimension of ``x`` that is contracted. A
-    ``batched`` weight may have more dimensions in front of its matrix, ``convolution`` has patches.
+    ``batched`` weight may have more dimensions in front of its matrix, ``convolution`` has patches. ``bias`` is the
+    place of what is added to the result.
     """
 
     x: int
@@ -31,11 +32,22 @@ class Product:
     dim: int = -1
     batched: bool = False
     convolution: bool = False
+    bias: int | None = None
+
+    def replaced(self, args: tuple, weight: torch.Tensor, offset: torch.Tensor | None = None) -> tuple:
+        """``args`` with another weight, and with ``offset`` added to the bias; one that is not there becomes it."""
+        given: list[Any] = list(args)
+        given[self.weight] = weight
+        if offset is not None and self.bias is not None:
+            given += [None] * (self.bias + 1 - len(given))
+            old = given[self.bias]
+            given[self.bias] = (offset if old is None else old + offset).to(weight.dtype)
+        return tuple(given)
 
 
 _PRODUCTS: dict[Any, Product] = {
-    functional.linear: Product(0, 1),
-    torch.addmm: Product(1, 2),
+    functional.linear: Product(0, 1, bias=2),
+    torch.addmm: Product(1, 2, bias=0),
     torch.mm: Product(0, 1),
     **dict.fromkeys(
         (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm),
@@ -44,7 +56,7 @@ _PRODUCTS: dict[Any, Product] = {
     torch.baddbmm: Product(1, 2, batched=True),
     **dict.fromkeys(
         (functional.conv1d, functional.conv2d, functional.conv3d, torch.conv1d, torch.conv2d, torch.conv3d),
-        Product(0, 1, 1, convolution=True),
+        Product(0, 1, 1, convolution=True, bias=2),
     ),
 }
 
@@ -52,10 +64,10 @@ _PRODUCTS: dict[Any, Product] = {
 class Consumers(TorchFunctionMode):
     """Calls ``see(weight, product, args, kwargs)`` before any of the wanted weights multiplies.
 
-    What it returns, if anything, is the weight to multiply with instead.
+    What it returns, if anything, are the arguments to call the operator with instead.
     """
 
-    def __init__(self, wanted: Iterable[torch.Tensor], see: Callable[..., torch.Tensor | None]):
+    def __init__(self, wanted: Iterable[torch.Tensor], see: Callable[..., tuple | None]):
         super().__init__()
         self._wanted = {id(weight) for weight in wanted}
         self._see = see
@@ -64,10 +76,7 @@ class Consumers(TorchFunctionMode):
         kwargs = kwargs or {}
         product = _PRODUCTS.get(func)
         if product is not None and len(args) > product.weight and id(args[product.weight]) in self._wanted:
-            weight = args[product.weight]
-            instead = self._see(weight, product, args, kwargs)
-            if instead is not None:
-                args = (*args[: product.weight], instead, *args[product.weight + 1 :])
+            args = self._see(args[product.weight], product, args, kwargs) or args
         return func(*args, **kwargs)
 
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from graphprune.errors import GraphPruneError
+from graphprune.passes import cuts
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
-from graphprune.passes.compensate_bias import compensate_bias
-from graphprune.passes.prune_by_obs import keep_consumed, prune_by_obs
+from graphprune.passes.prune_in_order import keep_consumed, prune_by_moments, prune_by_obs
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
 METHODS: dict[str, tuple[Pass, ...]] = {
-    "flap": (score_by("flap-wifv"), allocate_budget("sparing"), select_structures, compensate_bias),
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
-    "slimgpt": (keep_consumed, allocate_budget("sparing"), prune_by_obs()),
-    "wanda-sp": (score_by("wanda-sp"), allocate_budget("sparing"), select_structures),
+    "wanda-sp": (keep_consumed, allocate_budget("sparing", criterion="wanda-sp"), prune_by_moments(cuts.wanda)),
+    "flap": (
+        keep_consumed,
+        allocate_budget("sparing", criterion="flap-wifv"),
+        prune_by_moments(cuts.weighted_variance, bias=True),
+    ),
+    "slimgpt": (keep_consumed, allocate_budget("sparing", criterion="flap-wifn"), prune_by_obs()),
 }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from graphprune.ir.program import Program
 from graphprune.ir.selection import index_of
 from graphprune.passes.base import compiler_pass
+from graphprune.passes.biases import add_new_biases
 from graphprune.trace.provenance import set_attribute
 from graphprune.trace.skeleton import copy_structure, names, tensors
 
@@ -45,6 +46,7 @@ def finish(program: Program, model: nn.Module) -> None:
     """Give ``model``, whose tensors have their new shapes, the integers that go with them."""
     for attribute, value in program.need("new_attributes").items():
         set_attribute(model, attribute, value)
+    add_new_biases(program, model)
     refresh_torch_attributes(model)
 
 

@@ -23,6 +23,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.ir.selection import mask_of
 from graphprune.passes.base import compiler_pass
+from graphprune.passes.biases import new_biases_by_node
 from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
@@ -189,6 +190,7 @@ class _Masked(fx.Interpreter):
             if mask is not None:
                 self._masks.setdefault(contraction.node, []).append((contraction, mask))
         self._kept_indices = kept_indices(program)
+        self._new_biases = new_biases_by_node(program)
 
     def run_outputs(self, arguments: list[Any]) -> list[torch.Tensor]:
         kept: dict[fx.Node, torch.Tensor] = {}
@@ -204,6 +206,8 @@ class _Masked(fx.Interpreter):
             out = run_on_kept(n.target, self._kept_indices[n], args, kwargs)
         else:
             out = super().run_node(n)
+        if n in self._new_biases:
+            out = out + self._new_biases[n]
         if n in self._outputs:
             self._kept[n] = out
         return out

@@ -181,8 +181,10 @@ def _shaped_model(
             one.base_config = base_config
     for attribute, value in done.attributes.items():
         _set_checked(built, attribute, value)
+    for path in done.new_biases:
+        _add_bias(built, path)
     _check_fit(built, manifest)
-    _check_count(built, manifest, (*done.history, done)[0].parameters_before)
+    _check_count(built, manifest, done)
     return built
 
 
@@ -217,10 +219,27 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
         _check_shape(key, place.tensor.shape, manifest.tensors[_stored_name(manifest, key)].shape, place.kind)
 
 
-def _check_count(model: nn.Module, manifest: Manifest, before: int) -> None:
+def _add_bias(model: nn.Module, path: str) -> None:
+    """A linear layer that got a bias when the model was pruned: one without, as it is built."""
+    try:
+        linear = model.get_submodule(path)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, nn.Linear) or linear.bias is not None:
+        raise GraphPruneError(
+            f"The folder gives {path!r} a bias, but {type(model).__name__} has no such linear layer without one: the "
+            "folder is damaged, or made for another version of the model."
+        )
+    linear.bias = nn.Parameter(linear.weight.new_empty(linear.weight.shape[0]))
+
+
+def _check_count(model: nn.Module, manifest: Manifest, done: Report) -> None:
     """The model that was pruned had exactly these parameters: finds a config or factory of another size."""
+    before = (*done.history, done)[0].parameters_before
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    count = sum(parameters[key].numel() for key, stored in manifest.tensors.items() if stored.kind == "parameter")
+    new = {f"{path}.bias" for path in done.new_biases}
+    stored = {key for key, one in manifest.tensors.items() if one.kind == "parameter"}
+    count = sum(parameters[key].numel() for key in stored - new)
     if count != before:
         raise GraphPruneError(
             f"{type(model).__name__} has {count:,} parameters as it is built now, but {before:,} when it was pruned: "

@@ -28,6 +28,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
             for a, value in report.attributes.items()
         ],
         "skipped": report.skipped,
+        **({"new_biases": report.new_biases} if report.new_biases else {}),
         "plan": json.loads(report.plan.to_json()),
     }
 
@@ -53,7 +54,12 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         total_seconds=take(data, "total_seconds", _NUMBER, where),
         history=history,
         base_config=base_config,
+        new_biases=_paths(data.get("new_biases", []), f"{where}: new_biases"),
     )
+
+
+def _paths(items: Any, where: str) -> list[str]:
+    return [of_kind(item, str, where) for item in of_kind(items, list, where)]
 
 
 def _attributes(items: list[Any], where: str) -> dict[Attribute, int]:

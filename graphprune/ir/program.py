@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,9 +17,6 @@ from graphprune.rules.registry import Dims, Facts
 from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
-
-if TYPE_CHECKING:
-    from graphprune.passes.score.activations import Moments
 
 
 @dataclass
@@ -111,9 +108,9 @@ class Options:
 class Program:
     """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own.
 
-    ``moments`` are those that a score found of what every consumer weight sees, by its name.
     ``updates`` has new values, at full size, of parameters that a pass changed to make up for what is removed:
-    ``id(parameter)`` → tensor. They are the weights of the pruned model and of the masked original alike.
+    ``id(parameter)`` → tensor; ``new_biases`` those of linear layers that had none: module path → tensor. The pruned
+    model and the masked original have them alike.
     """
 
     model: nn.Module
@@ -127,12 +124,12 @@ class Program:
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     scores: dict[str, torch.Tensor] | None = None
-    moments: dict[str, Moments] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None
     pruned: nn.Module | None = None
     new_attributes: dict[Attribute, int] | None = None
     updates: dict[int, torch.Tensor] = field(default_factory=dict)
+    new_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
     _selection: tuple[Plan, Selection] | None = None

@@ -14,18 +14,17 @@ from graphprune.passes.score.registry import Scores, criterion
 def weighted_variance(program: Program) -> Scores:
     """``Σ_j Var(X_j) · ‖W_:j‖²`` over the consumer columns j of a structure (WIFV).
 
-    What does not fluctuate goes cheaply, since a bias can stand in for it
-    (:mod:`graphprune.passes.compensate_bias`). The moments are kept for that.
+    What does not fluctuate goes cheaply, since a bias can stand in for it.
     """
-    program.moments = input_moments(program, calibration_batches(program))
-    return _weighted(program, {name: one.variance for name, one in program.moments.items()})
+    moments = input_moments(program, calibration_batches(program))
+    return _weighted(program, {name: one.variance for name, one in moments.items()})
 
 
 @criterion("flap-wifn")
 def weighted_norm(program: Program) -> Scores:
     """``Σ_j mean X_j² · ‖W_:j‖²`` over the consumer columns j of a structure (WIFN)."""
-    program.moments = input_moments(program, calibration_batches(program))
-    return _weighted(program, {name: one.mean_square for name, one in program.moments.items()})
+    moments = input_moments(program, calibration_batches(program))
+    return _weighted(program, {name: one.mean_square for name, one in moments.items()})
 
 
 def _weighted(program: Program, of_inputs: dict[str, torch.Tensor]) -> Scores:

@@ -59,9 +59,11 @@ def test_what_is_seen_times_the_matrices_is_the_result(name: str) -> None:
     assert torch.allclose(made.flatten().sort().values, out.flatten().sort().values)
 
 
-def test_only_wanted_weights_are_seen_and_may_be_replaced() -> None:
-    x = rand(5, 3)
-    with Consumers([W23], lambda weight, *_: weight * 2):
-        assert torch.equal(functional.linear(x, W23), functional.linear(x, W23 * 2))
+def test_only_wanted_weights_are_seen_and_may_be_replaced_with_an_offset() -> None:
+    x, offset = rand(5, 3), rand(2)
+    with Consumers([W23, W32], lambda weight, product, args, _: product.replaced(args, weight * 2, offset)):
+        assert torch.allclose(functional.linear(x, W23), x @ (W23 * 2).T + offset)
+        assert torch.allclose(functional.linear(x, W23, offset), x @ (W23 * 2).T + 2 * offset)
+        assert torch.allclose(torch.addmm(offset, x, W32), x @ (W32 * 2) + 2 * offset)
         other = W23.clone()
         assert torch.equal(functional.linear(x, other), x @ other.T)

@@ -11,10 +11,10 @@ from torch import nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.passes import run_passes
+from graphprune.passes import cuts, run_passes
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.methods import passes_of
-from graphprune.passes.prune_by_obs import keep_consumed, prune_by_obs
+from graphprune.passes.prune_in_order import keep_consumed, prune_by_moments, prune_by_obs
 from graphprune.trace.skeleton import names
 
 
@@ -220,3 +220,83 @@ def test_a_batch_that_fails_half_way_leaves_the_model_as_it_was() -> None:
     with pytest.raises(GraphPruneError, match="Calibration failed"):
         graphprune.compile(model, 0.3, method="slimgpt", data=data, example_inputs=X, inplace=True)
     check()
+
+
+class Plain(nn.Module):
+    """An MLP whose second matrix has no bias, and a third one whose bias is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid, self.down = nn.Linear(7, 20), nn.Linear(20, 16, bias=False), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.mid(self.up(x).relu() + 1).relu())
+
+
+def plain() -> Plain:
+    torch.manual_seed(0)
+    return randomise(Plain()).eval()  # type: ignore[return-value]
+
+
+def test_biases_take_what_removed_channels_add_on_average() -> None:
+    model, data = plain(), batches()
+    check = snapshot(model)
+    pruned = graphprune.compile(model, 0.3, method="flap", data=data, example_inputs=X)
+    check()
+    report = graphprune.report(pruned)
+    assert report.new_biases == ["mid"]
+    kept = report.plan.keep
+    up, mid = kept["up.weight[0]"], kept["mid.weight[0]"]
+    gone, lost = [i for i in range(20) if i not in up], [i for i in range(16) if i not in mid]
+    x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
+    with torch.no_grad():
+        hidden = model.up(x).relu() + 1
+        offset = model.mid.weight[:, gone] @ hidden[:, gone].mean(0)
+        hidden = (hidden[:, up] @ model.mid.weight[:, up].T + offset).relu()
+        bias = model.down.bias + model.down.weight[:, lost] @ hidden[:, lost].mean(0)
+    assert torch.allclose(pruned.mid.bias, offset[mid], atol=1e-5)
+    assert torch.allclose(pruned.down.bias, bias, atol=1e-5)
+    without = (keep_consumed, allocate_budget("sparing"), prune_by_moments(cuts.weighted_variance))
+    assert error(model, pruned, data) < error(
+        model, graphprune.compile(model, 0.3, passes=without, data=data, example_inputs=X), data
+    )
+
+
+@pytest.mark.parametrize("options", [{"inplace": True}, {"emit": "graph"}, {}], ids=str)
+def test_a_model_with_new_biases_is_proven_saved_and_pruned_again(options: dict[str, Any], tmp_path: Any) -> None:
+    data = batches()
+    pruned = graphprune.compile(plain(), 0.2, method="flap", data=data, example_inputs=X, **options)
+    if "emit" in options:
+        assert graphprune.report(pruned).new_biases == []
+        return
+    again = graphprune.compile(pruned, 0.1, method="flap", data=data, example_inputs=X)
+    assert graphprune.report(again).new_biases == ["mid"]
+    graphprune.save(again, tmp_path / "saved")
+    loaded = graphprune.load(tmp_path / "saved", model=Plain)
+    assert torch.equal(loaded(X), again(X))
+
+
+@pytest.mark.parametrize("method", ["wanda-sp", "flap"])
+@pytest.mark.parametrize("allocation", [None, "global", "standardised", "log-increasing"])
+def test_methods_in_order_take_any_allocation(method: str, allocation: str | None) -> None:
+    model, data = toy(3), batches()
+    pruned = graphprune.compile(model, 0.3, method=method, allocation=allocation, data=data, example_inputs=X)
+    plain = graphprune.compile(model, 0.3, method="magnitude", example_inputs=X)
+    assert error(model, pruned, data) < error(model, plain, data)
+
+
+def test_importance_is_of_what_the_pruned_matrices_before_leave() -> None:
+    model, data = chain(), batches()
+    program = analyse(model, X, method="wanda-sp", data=data, ratio=0.4)
+    run_passes(program, passes_of("wanda-sp"))
+    kept = program.need("plan").keep
+    x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
+    first = kept["a.weight[0]"]
+    with torch.no_grad():
+        hidden = model.a(x).relu()
+        of_first = model.b.weight.abs().mean(0) * hidden.square().mean(0).sqrt()
+        hidden = (hidden[:, first] @ model.b.weight[:, first].T + model.b.bias).relu()
+        of_second = model.c.weight.abs().mean(0) * hidden.square().mean(0).sqrt()
+    for scores, stays in ((of_first, first), (of_second, kept["b.weight[0]"])):
+        assert stays == scores.topk(len(stays)).indices.sort().values.tolist()
+    assert program.updates.keys() <= {id(model.b.weight), id(model.c.weight)}
