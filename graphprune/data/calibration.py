@@ -10,7 +10,14 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from graphprune.data.columns import TOKENS, batches_of, is_dataset, tokens_of, used_columns
-from graphprune.data.forward_arguments import by_name, check_names, first_tensor, known_tokens, parameter_names
+from graphprune.data.forward_arguments import (
+    by_name,
+    check_names,
+    config_of,
+    first_tensor,
+    known_tokens,
+    parameter_names,
+)
 from graphprune.data.made_inputs import random_batches, sampled_batches
 from graphprune.data.texts import MANY, Say, is_path, read_texts, silent, text_of, token_rows, windows
 from graphprune.errors import GraphPruneError
@@ -138,8 +145,10 @@ def _of_rows(program: Program, rows: torch.Tensor, at_once: int = ROWS_AT_ONCE) 
     if rows.ndim < 2 or not rows.numel():
         what = "empty" if not rows.numel() else f"{rows.dtype} of shape {tuple(rows.shape)}"
         raise GraphPruneError(f"A tensor as data= has rows of tokens, or is a vector of integers; this one is {what}.")
-    name = TOKENS if TOKENS in parameter_names(program.model) else first_tensor(_example(program))
-    return [{str(name): part} for part in rows.split(at_once)]
+    names = [TOKENS] if TOKENS in parameter_names(program.model) else [first_tensor(_example(program))]
+    if names == [TOKENS] and "decoder_input_ids" in _example(program):  # it says again what it reads
+        names.append("decoder_input_ids")
+    return [{str(name): part for name in names} for part in rows.split(at_once)]
 
 
 def _positional(program: Program, item: Sequence[Any], n: int) -> Batch:
@@ -214,7 +223,7 @@ def _check_vocabulary(program: Program, ids: torch.Tensor, n: int) -> None:
     size = known_tokens(model)
     if size is None:
         return
-    config = getattr(model, "config", None)
+    config = config_of(model)
     special = torch.tensor(special_tokens(config) if config is not None else [], device=ids.device)
     wrong = ids[((ids < 0) | (ids >= size)) & ~torch.isin(ids, special)]  # an image's may be one more than there are
     if len(wrong):

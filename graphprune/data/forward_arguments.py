@@ -1,4 +1,4 @@
-"""What a model's forward takes: the names of its arguments, and how many tokens it knows."""
+"""What a model says about what it takes: the names of its arguments, its config, how many tokens it knows."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ def check_names(model: nn.Module, batch: dict[str, Any], n: int) -> None:
             f"Batch {n} of data= has {', '.join(unknown)}, which {type(model).__name__}.forward does not take; "
             f"it takes: {', '.join(parameters)}."
         )
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config of a Hugging Face model; None for any other, whatever it calls its config."""
+    config = getattr(model, "config", None)
+    return config if hasattr(config, "to_dict") else None
 
 
 def known_tokens(model: Any) -> int | None:

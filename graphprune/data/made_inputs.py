@@ -1,8 +1,7 @@
 """Calibration inputs that nobody has to give: random ones, and text that the model writes itself.
 
-They are random numbers of the right kind. What a random token or image makes a network compute is enough to tell which
-of its channels are loud (data-free calibration: Cai et al., ZeroQ, arXiv 2001.00281); text that a language model writes
-from a random first token is closer to what it was trained on (Liu et al., LLM-QAT, arXiv 2305.17888, Section 3.1).
+A model that writes its own calibration text: Williams, Chrysostomou and Aletras, Self-calibration for Language Model
+Quantization and Pruning (arXiv 2410.17170); from a random first token: Liu et al., LLM-QAT (arXiv 2305.17888).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from graphprune.data.forward_arguments import by_name, first_tensor, known_tokens
+from graphprune.data.forward_arguments import by_name, config_of, first_tensor, known_tokens
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.trace.inputs import longest_row, plain_tokens, special_tokens
@@ -34,8 +33,8 @@ def random_batches(program: Program) -> list[Batch]:
 
     A model that reads tokens and nothing else gets ``samples`` rows of ``length`` tokens, uniform over its vocabulary
     without the special ones that the config names. Any other gets about ``samples`` items in the shapes of its example
-    inputs, see :func:`_like`. Where a model refuses what was made, as one with inputs that hang together may, it gets
-    its example inputs.
+    inputs: normal floats, random tokens and integers, the same masks. Where a model refuses what was made, as one with
+    inputs that hang together may, it gets its example inputs.
     """
     example = _example(program)
     generator = torch.Generator().manual_seed(program.options.seed)
@@ -66,7 +65,7 @@ def _is_tokens(model: nn.Module, name: str, value: torch.Tensor) -> bool:
 
 def vocabulary(model: nn.Module) -> torch.Tensor | None:
     """The tokens to draw from, int64, or None for a model that does not say what its vocabulary is."""
-    if getattr(model, "config", None) is not None:
+    if config_of(model) is not None:
         try:
             return plain_tokens(model)
         except GraphPruneError:  # the config has no vocabulary
@@ -94,7 +93,7 @@ def _tokens_to_draw(program: Program) -> tuple[torch.Tensor, tuple[int, int]]:
     """The vocabulary, and how many rows of how many tokens."""
     tokens = vocabulary(program.model)
     assert tokens is not None
-    limit = longest_row(program.model) if getattr(program.model, "config", None) is not None else None
+    limit = longest_row(program.model) if config_of(program.model) is not None else None
     length = program.options.length
     if limit is not None:
         length = max(1, min(length, limit - _UNUSED_POSITIONS))
@@ -118,7 +117,7 @@ class _Like:
 
     def __init__(self, model: nn.Module, generator: torch.Generator):
         self.model, self.generator = model, generator
-        config = getattr(model, "config", None)
+        config = config_of(model)
         self.special = torch.tensor(special_tokens(config) if config is not None else [], dtype=torch.long)
         self.tokens = vocabulary(model)
 
@@ -134,7 +133,7 @@ class _Like:
             return self._floats(value)
         if _is_tokens(self.model, name, value) and self.tokens is not None:
             return self._drawn_tokens(value, self.tokens)
-        return value if getattr(self.model, "config", None) is not None else self._integers(value)
+        return self._integers(value) if config_of(self.model) is None else value
 
     def _floats(self, value: torch.Tensor) -> torch.Tensor:
         """Normal with the mean and the deviation of the example, or N(0, 1) where it has none.

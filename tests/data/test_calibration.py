@@ -15,13 +15,15 @@ import torch
 from helpers import X, analyse, toy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.data.calibration import calibration_batches
 from graphprune.data.texts import read_texts, token_rows
 from graphprune.ir.program import Options, Program
+from graphprune.passes import run_passes
+from graphprune.passes.score import score_by
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
 LETTERS = 128
@@ -171,6 +173,16 @@ def test_rows_of_tokens_stay_as_they_are() -> None:
     tokens = torch.arange(90).view(9, 10)
     assert torch.equal(rows(tokens), tokens)
     assert torch.equal(rows([tokens[:5], tokens[5:]]), tokens)
+
+
+def test_an_encoder_and_its_decoder_read_the_same() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=LETTERS)).eval()
+    options = {"tokenizer": letters, "samples": 6, "length": 8}
+    program = analyse(model, data=TEXT, method="wanda-sp", **options)
+    run_passes(program, (score_by("wanda-sp"),))
+    assert all(torch.equal(batch["decoder_input_ids"], batch["input_ids"]) for batch in program.need("batches"))
+    assert program.need("scores")
 
 
 def test_a_loader_is_read_until_it_gave_enough() -> None:

@@ -194,6 +194,12 @@ def test_a_module_that_knows_its_vocabulary() -> None:
     assert set(tokens.flatten().tolist()) == set(range(12))
 
 
+def test_a_config_of_another_kind_says_nothing() -> None:
+    model = Mixed().eval()
+    model.config = {"vocab_size": 12}  # type: ignore[assignment]
+    assert len(made(model, mixed_example(), samples=10)) == 3
+
+
 def test_a_config_without_a_vocabulary() -> None:
     assert vocabulary(ViTForImageClassification(ViTConfig(**SIZES, image_size=16, patch_size=4))) is None
 
