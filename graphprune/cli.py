@@ -17,6 +17,7 @@ _EXAMPLES = """examples:
   graphprune prune model.gguf --ratio 0.2 -o smaller --method wanda-sp --data text.txt --skip-first 3 --skip-last 2
   graphprune prune some-org/some-model --ratio 0.3 -o smaller --include '*.mlp' --round-to 64
 """
+_DATA = "calibration texts: .txt or .jsonl files (field 'text'), or 'random' (default), or 'sampled' from the model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
     prune.add_argument("--method", default="magnitude", help="magnitude (default), l1, l2, random, wanda-sp")
-    prune.add_argument("--data", nargs="+", metavar="FILE", help=".txt or .jsonl calibration texts (field 'text')")
-    prune.add_argument("--samples", type=int, default=32, help="rows of calibration text (default 32)")
+    prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
+    prune.add_argument("--samples", type=int, default=32, help="rows of calibration data (default 32)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
     prune.add_argument("--allocation", metavar="NAME", help="how the budget is spread: uniform, global, …")
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
@@ -103,7 +104,8 @@ def _prune(options: argparse.Namespace) -> None:
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
     plan = graphprune.Plan.from_json(_read(options.plan)) if options.plan else None
-    texts = read_texts(options.data) if options.data else None
+    made = options.data in (["random"], ["sampled"])
+    data = options.data[0] if made else read_texts(options.data) if options.data else None
     console = Console(stderr=True)
     with console.status(f"loading {options.model}") as status:
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
@@ -115,7 +117,7 @@ def _prune(options: argparse.Namespace) -> None:
             options.ratio,
             plan=plan,
             method=options.method,
-            data=texts,
+            data=data,
             tokenizer=tokenizer,
             allocation=options.allocation,
             round_to=options.round_to,

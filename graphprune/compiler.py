@@ -64,8 +64,23 @@ def compile(
         model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
             is made real: the result is a smaller meta model.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
-        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (needs ``data``).
-        data: calibration texts, a list of str (with ``tokenizer``), or a list of dicts of tensors for forward.
+        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (looks at ``data``).
+        data: what scores that look at activations or gradients run through the model. Sampled, into ``samples`` rows:
+
+            - a text or a list of texts, or paths of ``.txt`` and ``.jsonl`` files (field ``text``), with ``tokenizer``;
+              a str of one line that ends so is a path. They are joined and cut at random into rows of ``length``.
+            - tokens: an integer tensor of shape ``(tokens,)`` or a list of such rows, joined and cut likewise.
+            - a ``datasets.Dataset``: its column ``input_ids`` or ``text``, as above; of any other, random rows of the
+              columns that forward takes.
+            - a ``DataLoader`` or another iterable of batches, read until it gave ``samples`` rows. A batch is a dict of
+              arguments of forward, a tensor for the first, or a tuple in the order of ``example_inputs``, where what
+              comes after that, such as labels, is left out.
+
+            Used as they are: an integer tensor of shape ``(rows, length)``, and a list of batches.
+
+            Made here: ``"random"`` (also when nothing is given), which is random tokens of the vocabulary or, for a
+            model that reads other things, random inputs in the shapes of its example inputs; ``"sampled"``, text that
+            a language model writes itself, which takes as long as generating it does.
         tokenizer: turns a text into ``{"input_ids": [...]}``.
         example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
             device of the model. Their batch and sequence sizes are best unlike any size in the model.
@@ -86,7 +101,7 @@ def compile(
             original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
         experts: also prune whole experts of mixtures: axes that a router chooses from. The router then never chooses
             a removed one, in the pruned model as in the original it is compared with. As many stay as it chooses.
-        samples, length, seed: rows and tokens per row of calibration text, and the seed of every draw.
+        samples, length, seed: rows of calibration data, tokens per row, and the seed of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
         emit: ``"module"`` for the same class, or ``"graph"`` for a :class:`torch.fx.GraphModule`, for models whose
@@ -94,7 +109,7 @@ def compile(
             forward takes and returns for ``example_inputs``, and only that: shapes other than those of the pruned
             axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
             :func:`save`; its ``state_dict`` and ``torch.export`` can.
-        progress: called with the name of every pass that starts.
+        progress: called with the name of every pass that starts, and with how far the calibration data is.
 
     Returns:
         The pruned model: same class, dtype, device, requires_grad, train/eval state, tied weights, hooks.
@@ -135,7 +150,8 @@ def compile(
         seconds = run_passes(program, _pipeline(program, plan, passes))
     except UntracedSizes:
         args, kwargs = program.inputs
-        program = Program(model, (args, {**kwargs, "use_cache": True}), options, progress=progress)
+        inputs = (args, {**kwargs, "use_cache": True})
+        program = Program(model, inputs, options, progress=progress, batches=program.batches)
         seconds = run_passes(program, _pipeline(program, plan, passes))
     pruned = program.need("pruned")
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)

@@ -105,7 +105,7 @@ def test_inspect(folder, capsys):
         (["--ratio", "1.5"], "between 0 and 1"),
         (["--ratio", "0.99"], "as far as it goes"),
         (["--ratio", "0.2", "--method", "magic"], "There is no method"),
-        (["--ratio", "0.2", "--method", "wanda-sp"], "pass data="),
+        (["--ratio", "0.2", "--method", "wanda-sp", "--data", "notes.md"], ".txt and .jsonl"),
         (["--plan", "missing.json"], "missing.json"),
         (["--ratio", "0.2", "--data", "missing.txt"], "missing.txt"),
         (["--ratio", "0.2", "--include", "nothing.like.this"], "matches no module"),
@@ -118,6 +118,17 @@ def test_errors_are_one_line_and_nothing_is_written(folder, tmp_path, capsys, ar
     assert words in captured.err
     assert "Traceback" not in captured.err
     assert not out.exists()
+
+
+def test_calibration_on_what_the_model_writes(folder, tmp_path):
+    """--data takes words for inputs that are made; without it they are random."""
+    plans = []
+    for data in ([], ["--data", "random"], ["--data", "sampled"]):
+        out = tmp_path / f"small{len(plans)}"
+        arguments = ["--ratio", "0.3", "--method", "wanda-sp", "--samples", "4", "--length", "9", *data]
+        assert main(["prune", str(folder), "-o", str(out), *arguments]) == 0
+        plans.append(graphprune.report(graphprune.load(out)).plan.keep)
+    assert plans[0] == plans[1] != plans[2]
 
 
 def test_an_output_folder_that_exists_is_left_alone(folder, tmp_path, capsys):

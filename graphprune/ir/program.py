@@ -111,6 +111,7 @@ class Program:
     ``updates`` has new values, at full size, of parameters that a pass changed to make up for what is removed:
     ``id(parameter)`` → tensor; ``new_biases`` those of linear layers that had none: module path → tensor. The pruned
     model and the masked original have them alike.
+    ``batches`` are what :func:`graphprune.data.calibration.calibration_batches` made.
     """
 
     model: nn.Module
@@ -123,6 +124,7 @@ class Program:
     ragged: dict[str, str] | None = None
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
+    batches: list[dict[str, Any]] | None = None
     scores: dict[str, torch.Tensor] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None

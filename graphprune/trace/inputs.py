@@ -169,21 +169,46 @@ def _make(ask: _Ask, name: str) -> Any:
 
 def _tokens(ask: _Ask) -> torch.Tensor:
     """Random token ids; none that has a meaning of its own, such as the end of the text or an image."""
+    choice = _plain_tokens(ask)
+    limit = _limit(ask)
+    width = ask.length if limit is None else min(ask.length, limit)
+    return choice[ask.ints(len(choice), ask.batch, width)]
+
+
+def _plain_tokens(ask: _Ask) -> torch.Tensor:
     settings = _text_settings(ask)
     vocabulary = getattr(settings, "vocab_size", None)
     if vocabulary is None:
         vocabulary = ask.setting(_TEXT, "vocab_size", "vocabulary_size", "num_tokens", "num_hash_buckets")
     if vocabulary is None:
         raise GraphPruneError(f"The config of {type(ask.model).__name__} has no vocab_size: pass example_inputs=.")
-    limit = getattr(settings, "max_position_embeddings", None)
-    width = min(ask.length, limit) if isinstance(limit, int) and limit > 0 else ask.length
     plain = torch.ones(int(vocabulary), dtype=torch.bool)
-    plain[[number for number in _special_tokens(ask.config) if number < vocabulary]] = False
-    choice = plain.nonzero()[:, 0] if plain.any() else torch.arange(int(vocabulary))
-    return choice[ask.ints(len(choice), ask.batch, width)]
+    plain[[number for number in special_tokens(ask.config) if number < vocabulary]] = False
+    return plain.nonzero()[:, 0] if plain.any() else torch.arange(int(vocabulary))
 
 
-def _special_tokens(config: Any) -> list[int]:
+def plain_tokens(model: nn.Module) -> torch.Tensor:
+    """Every token id of a Hugging Face model, int64, but those with a meaning of their own.
+
+    Raises :class:`GraphPruneError` when the config does not say how many there are.
+    """
+    return _plain_tokens(_Ask(model, model.config, {}, torch.float32))
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """How many positions a Hugging Face model has, if its config says it.
+
+    Raises :class:`GraphPruneError` when the config has several text parts.
+    """
+    return _limit(_Ask(model, model.config, {}, torch.float32))
+
+
+def _limit(ask: _Ask) -> int | None:
+    limit = getattr(_text_settings(ask), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def special_tokens(config: Any) -> list[int]:
     return [
         value
         for part in _configs(config, ())

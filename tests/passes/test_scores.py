@@ -263,7 +263,7 @@ def test_texts_are_cut_into_rows_of_tokens() -> None:
 
 
 def test_too_little_text_is_refused() -> None:
-    with pytest.raises(GraphPruneError, match="have 5 tokens; at least 16 are needed"):
+    with pytest.raises(GraphPruneError, match="has 5 tokens; at least 16 are needed"):
         _texts(Tokens(), data=["short"])
 
 
