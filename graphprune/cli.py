@@ -14,7 +14,7 @@ from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
   graphprune inspect model.gguf
-  graphprune prune model.gguf --ratio 0.2 -o smaller --method wanda-sp --data text.txt --skip-first 3 --skip-last 2
+  graphprune prune model.gguf --ratio 0.2 -o smaller --method slimgpt --data text.txt
   graphprune prune some-org/some-model --ratio 0.3 -o smaller --include '*.mlp' --round-to 64
 """
 _DATA = "calibration texts: .txt or .jsonl files (field 'text'), or 'random' (default), or 'sampled' from the model"
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
-    prune.add_argument("--method", default="magnitude", help="magnitude (default), l1, l2, random, wanda-sp")
+    prune.add_argument("--method", default="wanda-sp", help="wanda-sp (default), flap, slimgpt, magnitude, random, …")
     prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
     prune.add_argument("--samples", type=int, default=32, help="rows of calibration data (default 32)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")

@@ -20,7 +20,7 @@ from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
-from graphprune.passes.methods import passes_of
+from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
@@ -31,7 +31,7 @@ def compile(
     model: nn.Module,
     ratio: float | None = None,
     *,
-    method: str = "magnitude",
+    method: str = DEFAULT_METHOD,
     data: Any = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
@@ -64,7 +64,9 @@ def compile(
         model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
             is made real: the result is a smaller meta model.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
-        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (looks at ``data``).
+        method: how structures are chosen (:mod:`graphprune.passes.methods`). ``"wanda-sp"`` (the default), ``"flap"``
+            and ``"slimgpt"`` look at what runs through the model, ``"magnitude"`` only at its weights; the name of a
+            criterion (``"l1"``, ``"l2"``, ``"random"``, …) by itself shrinks all axes by the same share.
         data: what scores that look at activations or gradients run through the model. Sampled, into ``samples`` rows:
 
             - a text or a list of texts, or paths of ``.txt`` and ``.jsonl`` files (field ``text``), with ``tokenizer``;
@@ -87,8 +89,10 @@ def compile(
         plan: a plan to replay instead of scoring; ``ratio`` and all choices below it are then not used.
         allocation: how the budget is spread over the axes; by default as the method does it. ``"uniform"`` (every
             axis shrinks by the same share), ``"global"`` (scores over the mean of their axis are compared),
-            ``"standardised"`` (scores as FLAP compares them), ``"log-increasing"`` (SlimGPT's ratio, growing with
-            depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one another.
+            ``"standardised"`` (scores as FLAP compares them), ``"sparing"`` (uniform, but the first and last blocks and
+            axes of few indices keep all until the rest has lost half), ``"log-increasing"`` (SlimGPT's ratio, growing
+            with depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one
+            another.
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).

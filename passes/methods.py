@@ -10,6 +10,9 @@ from graphprune.passes.prune_in_order import keep_consumed, prune_by_moments, pr
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
+# What a call without method= does: it keeps a model alive without any data, for one forward over random inputs.
+DEFAULT_METHOD = "wanda-sp"
+
 METHODS: dict[str, tuple[Pass, ...]] = {
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
     "wanda-sp": (keep_consumed, allocate_budget("sparing", criterion="wanda-sp"), prune_by_moments(cuts.wanda)),

@@ -200,6 +200,7 @@ def _say(program: Program) -> Say:
 
 def _checked(program: Program, batches: Iterable[Batch]) -> list[Batch]:
     device = next(program.model.parameters()).device
+    caches = config_of(program.model) is not None and "use_cache" in parameter_names(program.model)
     checked = []
     for n, batch in enumerate(batches):
         check_names(program.model, batch, n)
@@ -212,7 +213,8 @@ def _checked(program: Program, batches: Iterable[Batch]) -> list[Batch]:
                 raise GraphPruneError(f"Batch {n} of data= is empty: {name} has the shape {tuple(value.shape)}.")
         if TOKENS in tensors:
             _check_vocabulary(program, tensors[TOKENS], n)
-        checked.append(tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch))
+        found = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
+        checked.append({"use_cache": False, **found} if caches else found)  # nobody generates: keys need not be kept
     return checked
 
 
