@@ -346,7 +346,7 @@ def layers_needed(config: PretrainedConfig) -> int:
         kinds = vars(config).get(name)
         if isinstance(kinds, (list, tuple)) and kinds:
             needed = max(needed, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
-    return min(needed, 6)
+    return min(max(needed, 4), 6)
 
 
 def non_embedding(model: nn.Module) -> dict[str, int]:
