@@ -28,9 +28,8 @@ from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.rules.registry import Contraction
-from graphprune.trace.backends import use_portable
 from graphprune.trace.export import Trace, output_tensors
-from graphprune.trace.quiet import seeded, without_autocast, without_hooks
+from graphprune.trace.quiet import REFUSALS, seeded, without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names, scratch_copy
 
 # Largest difference allowed, relative to the largest output: rounding of the dtype that both are computed in.
@@ -122,7 +121,6 @@ def model_outputs(
     try:
         written = program.need("trace").written & set(names(model))
         scratch = scratch_copy(model, written, clone)
-        use_portable(scratch, tracing=False)
         with without_hooks(scratch), _quietly(program, dtype, substitutes):
             return output_tensors(scratch(*args, **kwargs))
     except Exception as error:
@@ -168,7 +166,6 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
         else:
             arguments.append(own(next(given)))
     real = scratch_copy(program.model, found.written, own) if found.opaque.why else nn.Identity()
-    use_portable(real, tracing=False)
     with without_hooks(real), _quietly(program, dtype):
         return _Masked(program, real).run_outputs(arguments)
 
@@ -220,7 +217,14 @@ class _Masked(fx.Interpreter):
             target = torch.ops.aten.reshape.default
         if target is torch.ops.graphprune.opaque.default:
             call = self._opaque.calls[args[2]]
-            return call.run(self._real.get_submodule(call.path), args[0])
+            try:
+                return call.run(self._real.get_submodule(call.path), args[0])
+            except REFUSALS as error:
+                raise GraphPruneError(
+                    f"The module {call.path} cannot be traced, and fails on what the rest of the graph gives it "
+                    f"({type(error).__name__}: {error}): forward does something else while it is traced. Pass other "
+                    "example_inputs=, such as the masks that its processor makes. Nothing was changed."
+                ) from error
         return super().call_function(target, args, kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:

@@ -46,10 +46,16 @@ _QUERIES = re.compile(
     r"(^|_)num_(object_)?queries($|_)|^num_query_tokens$|^query_length$|^num_latents$|^num_denoising$"
 )
 # Lists of layers whose outputs are read; the stages of a backbone count as layers.
-_LAYER_PLACES = ("out_indices", "backbone_out_indices", "feature_layers", "deepstack_visual_indexes")
+_LAYER_PLACES = (
+    "out_indices",
+    "backbone_out_indices",
+    "feature_layers",
+    "vision_feature_layer",
+    "deepstack_visual_indexes",
+)
 _FREE_WIDTH = re.compile(r"(^|_)(intermediate_size|ffn_dim|d_ff|dff|ffn_hidden_size|intermediate)$")
 _WIDTH = re.compile(
-    r"(size|dim|dims|width|d_model|d_ff|dff|ffn|inner|n_embd|n_inner|embd|channels?|rank|filters|features|planes|"
+    r"(size|dim|dims|dimension|width|d_model|d_ff|dff|ffn|inner|n_embd|n_inner|embd|channels?|rank|filters|features|planes|"
     r"d_ssm|embed|hidden|units|sizes|channel_list|channels_list)$|_dim_|_size_|intermediate_size"
 )
 
@@ -78,11 +84,14 @@ _RESNET = {
 }
 OPEN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"text_config": {"use_sliding_window": False}, "vision_config": {"pyramid_num_routed": [-1, 4]}},
     "dots3_note_text": {"use_sliding_window": False},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30}},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30, "vocab_size_per_layer_input": 0}
+    },
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "autoformer": _FORECAST,
@@ -95,8 +104,11 @@ OPEN: dict[str, dict[str, Any]] = {
     "omdet-turbo": _RESNET,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]}},
+    "upernet": {"use_auxiliary_head": False},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 64], "axial_pos_embds_dim": [4, 12]},
     "xmod": {"default_language": "en_XX"},
@@ -134,7 +146,7 @@ def tiny_models(model_type: str, cls: type[nn.Module]) -> Iterator[nn.Module]:
         found = True
         yield model
     if not found:
-        raise CannotBuild(reasons[0].split("\n")[0][:200])
+        raise CannotBuild(" ".join(reasons[0].split())[:300])
 
 
 def _tiny_configs(model_type: str, reasons: list[str]) -> Iterator[PretrainedConfig]:
@@ -290,6 +302,8 @@ def _number(name: str, value: int, config: PretrainedConfig, heads: int, width: 
         return min(value, POSITIONS)
     if name == "image_size":
         return _image_size(config, value)
+    if name.startswith("index_top"):  # tokens, not experts
+        return min(value, 16)
     if _TOP.search(name) or name in ("topk_group", "n_group", "num_expert_group"):
         return 1 if name == "topk_group" else min(value, 2)
     if _EXPERTS.search(name) and "shared" not in name:
@@ -318,11 +332,11 @@ def _numbers(name: str, values: list[int], config: PretrainedConfig, heads: int,
         return [min(v, vocabulary - 1) for v in values]
     if name == "image_size":
         return [_image_size(config, v) for v in values]
-    if name in ("intermediate_size", "num_attention_heads_per_layer"):  # one per layer
-        values = values[: layers_needed(config)]
+    if len(values) == vars(config).get("num_hidden_layers", 0) or name == "num_attention_heads_per_layer":
+        values = values[: layers_needed(config)]  # one per layer
     if name in _LAYER_PLACES:
         return list(range(1, len(values) + 1))
-    if name in ("in_channels", "num_channels"):
+    if name.endswith(("in_channels", "num_channels")):
         return [v if v <= 4 else max(1, v // (heads * width)) for v in values]
     if name == "depths" or (_LAYERS.search(name) and "block" in name):
         return [min(v, 1) for v in values]
@@ -346,7 +360,7 @@ def layers_needed(config: PretrainedConfig) -> int:
         kinds = vars(config).get(name)
         if isinstance(kinds, (list, tuple)) and kinds:
             needed = max(needed, *(list(kinds).index(kind) + 1 for kind in set(kinds)))
-    return min(needed, 6)
+    return min(max(needed, 4), 6)
 
 
 def non_embedding(model: nn.Module) -> dict[str, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
@@ -37,6 +38,7 @@ from graphprune.trace.provenance import (
     wrap_sizes,
 )
 from graphprune.trace.quiet import idle_conversions, unchecked_distributions, without_autocast, without_hooks
+from graphprune.trace.reads import Reads, find_reads
 from graphprune.trace.skeleton import copy_structure, names
 from graphprune.trace.writes import written_placeholders
 
@@ -140,12 +142,13 @@ class _Returned:
 class _Entry(nn.Module):
     """The model with tensors in and tensors out; everything else is bound here."""
 
-    def __init__(self, model: nn.Module, spec: Any, leaves: list[Any], recorder: SizeRecorder):
+    def __init__(self, model: nn.Module, spec: Any, leaves: list[Any], recorder: SizeRecorder, reads: Reads):
         super().__init__()
         self.model = model
         self.spec = spec
         self.leaves = leaves
         self.recorder = recorder
+        self.reads = reads
         self.returned = _Returned()  # an object: torch.export undoes assignments to a module
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -157,7 +160,7 @@ class _Entry(nn.Module):
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         held = names(self.model)
-        with self.recorder, nobody_looks_inside():
+        with self.recorder, self.reads.replayed_in(self.model), nobody_looks_inside():
             out = self.model(*args, **kwargs)
         found = output_tensors(out)
         self.returned.spec, self.returned.leaves = _structure(out, found)
@@ -178,6 +181,7 @@ def trace(
     fold: bool = True,
     whole: frozenset[str] = frozenset(),
     hidden: Opaque | None = None,
+    reads: Reads | None = None,
 ) -> Trace:
     """Export ``model`` to an fx graph of ATen operators, with module paths, source lines and size provenance.
 
@@ -185,7 +189,8 @@ def trace(
     a structural copy that shares its weights, in eval mode and without hooks. With ``fold`` equal blocks are traced
     once (:mod:`graphprune.trace.fold_blocks`), and those in ``whole`` where they are called otherwise; the graph is the
     same without. ``hidden`` are modules to leave opaque (:mod:`graphprune.trace.opaque`); a module that turns out to
-    need it is added.
+    need it is added. ``reads`` are numbers that forward reads out of tensors (:mod:`graphprune.trace.reads`), looked
+    for where the graph is none or not plain without.
 
     Raises :class:`GraphPruneError` naming the line when the forward cannot be traced.
     """
@@ -201,7 +206,7 @@ def trace(
     wrap_sizes(skeleton, recorder)
     leaves, spec = tree_flatten(inputs)
     given = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    entry = _Entry(skeleton, spec, leaves, recorder)
+    entry = _Entry(skeleton, spec, leaves, recorder, reads or Reads())
     try:
         with _undisturbed(skeleton), torch.no_grad(), preserved_annotations(), _silence():
             program = torch.export.export(entry, tuple(given), strict=False)
@@ -213,10 +218,16 @@ def trace(
             return trace(model, inputs, fold=False)
         if isinstance(error, GraphPruneError):
             raise
+        if reads is None and (reads := find_reads(model, inputs)):
+            return trace(model, inputs, fold=False, hidden=hidden, reads=reads)
         more = _hide_offender(model, inputs, skeleton, hidden, error)
-        return trace(model, inputs, fold=False, hidden=more)
-    _refuse_shared_memory(model, found.written)
+        return trace(model, inputs, fold=False, hidden=more, reads=reads)
+    if reads is None and _has_unknown_numbers(found.graph) and (reads := find_reads(model, inputs)):
+        return trace(model, inputs, fold=False, hidden=hidden, reads=reads)
     found.opaque = hidden
+    if reads is not None and reads.used and _unused(found, model, reads.used):
+        return trace(model, inputs, fold=False, hidden=hidden, reads=Reads())
+    _refuse_shared_memory(model, found.written)
     found.out_spec, found.out_leaves = entry.returned.spec, entry.returned.leaves
     found.written |= {name for name in names(model) if hidden.hides(name)}  # perhaps: nobody sees what they do
     found.written |= set(found.rebound)  # which the emitted graph does in place
@@ -233,6 +244,24 @@ def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden
         if path:
             told = GraphPruneError(f"{told} The module {path} cannot be left out of the graph either: {reason}.")
         raise told from error
+
+
+def _has_unknown_numbers(graph: fx.Graph) -> bool:
+    """Whether a number or a size follows from what is in a tensor: no rule can tell what it is."""
+    return any(free_unbacked_symbols(node.meta.get("val")) for node in graph.nodes if node.op == "call_function")
+
+
+def _unused(found: Trace, model: nn.Module, paths: set[str]) -> list[str]:
+    """The parameters of the modules at ``paths`` that the graph does not use, by all their names."""
+    held = names(model)
+    used = {id(held[found.tensor_names[n.name]]) for n in found.graph.nodes if n.users and n.name in found.tensor_names}
+    return [
+        name
+        for name, tensor in model.named_parameters()
+        if id(tensor) not in used
+        and not found.opaque.hides(name)
+        and any(not path or name.startswith(f"{path}.") for path in paths)
+    ]
 
 
 def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:

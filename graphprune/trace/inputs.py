@@ -136,7 +136,12 @@ def _wanted(ask: _Ask) -> list[str]:
         for part, tower in _TOWERS:
             if getattr(ask.config, f"{part}_config", None) is not None:
                 wanted |= {name for name in tower if name in known}
-    wanted |= set(_COMPANIONS) & set(known) if wanted & {"input_ids"} else set()
+    for reader, companions in _COMPANIONS.items():
+        wanted |= set(companions) & set(known) if reader in wanted else set()
+    if "input_ids" in wanted and isinstance(getattr(ask.config, "image_size", None), int):
+        wanted |= {"pixel_values"} & set(known)
+    if getattr(ask.config, "encoder_hidden_size", None) is not None:
+        wanted |= {"encoder_hidden_states"} & set(known)
     return [name for name in ask.parameters if name in wanted]
 
 
@@ -145,11 +150,15 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _TOWERS = (
     ("text", ("input_ids",)),
     ("vision", ("pixel_values", "pixel_values_videos")),
+    ("image", ("pixel_values",)),
     ("audio", ("input_features", "input_values")),
     ("speech", ("input_features",)),
 )
-# Optional by signature, yet text models that have them cannot do without, or leave a part of themselves unused.
-_COMPANIONS = ("bbox", "visual_feats", "visual_pos", "visual_embeds")
+# Optional by signature, yet models that have them cannot do without, or leave a part of themselves unused.
+_COMPANIONS = {
+    "input_ids": ("bbox", "visual_feats", "visual_pos", "visual_embeds", "qformer_input_ids", "global_attention_mask"),
+    "pixel_values": ("spatial_shapes", "pixel_attention_mask"),
+}
 
 
 def _cannot(ask: _Ask, name: str) -> GraphPruneError:
@@ -233,6 +242,13 @@ def _token_mask(ask: _Ask) -> torch.Tensor:
     return torch.ones(*shape, dtype=torch.long)
 
 
+def _first_token(ask: _Ask) -> torch.Tensor:
+    """Of all tokens the first, which the others attend to wherever they are."""
+    mask = torch.zeros_like(_token_mask(ask))
+    mask[:, 0] = 1
+    return mask
+
+
 def _boxes(ask: _Ask) -> torch.Tensor:
     """Left, top, right, bottom of every token's box on a page."""
     end = ask.setting(_TEXT, "max_2d_position_embeddings") or 1000
@@ -256,7 +272,7 @@ def _channels(ask: _Ask) -> int:
 def _images(ask: _Ask) -> torch.Tensor:
     if _is_required(ask, *_GRIDS):
         return _patches(ask)
-    if _is_required(ask, "spatial_shapes"):
+    if "spatial_shapes" in ask.parameters:
         return _patches(ask).expand(ask.batch, -1, -1).contiguous()
     frames = ask.setting(_VISION, "num_frames")
     if isinstance(frames, int) and "pixel_values_videos" not in ask.parameters:
@@ -365,7 +381,8 @@ def _series(ask: _Ask) -> torch.Tensor:
 
 def _series_features(ask: _Ask) -> torch.Tensor:
     time = _series(ask).shape[1]
-    return ask.floats(ask.batch, time, int(ask.setting((), "num_time_features") or 1))
+    features = ask.setting((), "num_time_features")
+    return ask.floats(ask.batch, time, 1 if features is None else int(features))
 
 
 def _series_mask(ask: _Ask) -> torch.Tensor:
@@ -378,6 +395,12 @@ def _states(ask: _Ask) -> torch.Tensor | None:
         return _patches(ask)
     width = ask.setting((), "hidden_size", "d_model")
     return ask.floats(ask.batch, ask.length, width) if isinstance(width, int) else None
+
+
+def _encoded(ask: _Ask) -> torch.Tensor | None:
+    """What another model encoded, for one that attends to it."""
+    width = getattr(ask.config, "encoder_hidden_size", None)
+    return ask.floats(ask.batch, ask.length, width) if isinstance(width, int) else _states(ask)
 
 
 def _region_features(ask: _Ask) -> torch.Tensor | None:
@@ -403,6 +426,7 @@ _MAKERS: dict[str, Callable[[_Ask], Any]] = {
     "decoder_input_ids": _tokens,
     "qformer_input_ids": _tokens,
     "attention_mask": _token_mask,
+    "global_attention_mask": _first_token,
     "bbox": _boxes,
     "pixel_values": _images,
     "pixel_values_videos": _video,
@@ -422,7 +446,7 @@ _MAKERS: dict[str, Callable[[_Ask], Any]] = {
     "past_observed_mask": _series_mask,
     "hidden_states": _states,
     "inputs_embeds": _states,
-    "encoder_hidden_states": _states,
+    "encoder_hidden_states": _encoded,
     "query_embeds": _states,
     "latents": _states,
     "visual_feats": _region_features,

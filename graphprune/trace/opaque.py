@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from graphprune.trace.backends import use_portable
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import SizeInt
 from graphprune.trace.quiet import seeded, without_hooks
@@ -163,7 +162,6 @@ def _alike(model: nn.Module, path: str) -> list[str]:
 def _run(model: nn.Module, inputs: Inputs, found: Opaque, written: list[str]) -> None:
     """Fill ``found.calls`` with the calls of the opaque modules in a real run."""
     copy = scratch_copy(model, written)
-    use_portable(copy, tracing=False)
 
     def watch(path: str, module: nn.Module) -> None:
         forward = module.forward

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.trace.backends import use_portable
+
 Replace = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -48,6 +50,8 @@ def copy_structure(model: nn.Module, replace: Replace | None = None, memo: dict[
 def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torch.clone) -> nn.Module:
     """A copy to run in eval mode and throw away: whatever forward changes, ``model`` keeps its state.
 
+    Its attention and experts are of a kind that runs here (:mod:`graphprune.trace.backends`).
+
     It shares the weights of ``model``, except for the parameters and buffers named in ``written``, which are cloned.
     """
     held = names(model)
@@ -59,4 +63,6 @@ def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torc
         cloned = clone(tensor.detach())
         return nn.Parameter(cloned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
 
-    return copy_structure(model, replace).eval()
+    copied = copy_structure(model, replace).eval()
+    use_portable(copied, tracing=False)
+    return copied

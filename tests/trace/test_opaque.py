@@ -168,3 +168,24 @@ def test_without_weights_there_is_nothing_to_run() -> None:
         model = Net("branch").eval()
     with pytest.raises(GraphPruneError, match="no real weights to run it with"):
         graphprune.inspect(model, example_inputs=X.to("meta"))
+
+
+def test_another_call_while_tracing_is_told() -> None:
+    class Masked(Gate):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Any:
+            if mask is not None and mask.shape != x.shape:
+                raise ValueError("a mask of another size")
+            return super().forward(x)
+
+    class Sneaky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.last = nn.Linear(7, 16), Masked("branch"), nn.Linear(16, 30)
+            self.end = nn.Linear(30, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(1) if torch.compiler.is_exporting() else None
+            return self.end(self.last(self.gate(self.first(x), mask)))
+
+    with pytest.raises(GraphPruneError, match=r"module gate cannot be traced, and fails .* a mask of another size"):
+        graphprune.compile(randomise(Sneaky()).eval(), 0.2, example_inputs=X)
