@@ -1,4 +1,4 @@
-"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR`` and ``graphprune inspect MODEL``."""
+"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR``, ``inspect MODEL``, ``eval MODEL …``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from graphprune.cli_evaluate import add_commands
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
     inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
+
+    add_commands(commands)
     return parser
 
 

@@ -41,7 +41,7 @@ def load_model(name: str, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
     if path.is_dir() and (path / "graphprune.json").is_file():
         from graphprune.io.folder import load
 
-        return load(path), _tokenizer(str(path))
+        return load(path, dtype=dtype), _tokenizer(str(path))
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype)
     if path.exists() and not path.is_dir():
