@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,10 @@ class Aborted(BaseException):
 
 @dataclass
 class _Run:
-    thread: threading.Thread
     go_on: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     point: int | None = None  # where it waits; None while it runs and after it has ended
     ended: bool = False
+    outcome: Future[None] | None = None
 
 
 class Lockstep:
@@ -38,26 +39,31 @@ class Lockstep:
         self._runs: list[_Run] = []
         self._back = threading.Semaphore(0)
         self._local = threading.local()
-        self._error: BaseException | None = None
+        self._failed = False
 
     def run(self, items: Sequence[Any]) -> None:
         """Raises what the first run that failed raised, or what ``meet`` raised; all runs have ended then."""
-        try:
-            for item in items:
-                self._start(item)
-            while waiting := [run.point for run in self._runs if run.point is not None]:
-                point = min(waiting)
-                self._meet(point)
+        with ThreadPoolExecutor(max(1, len(items))) as threads:
+            try:
+                for item in items:
+                    run = _Run()
+                    self._runs.append(run)
+                    run.outcome = threads.submit(self._body, run, item)
+                    self._resume(run)
+                while waiting := [run.point for run in self._runs if run.point is not None]:
+                    point = min(waiting)
+                    self._meet(point)
+                    for run in self._runs:
+                        if run.point == point:
+                            self._resume(run)
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
                 for run in self._runs:
-                    if run.point == point:
-                        self._resume(run)
-        except BaseException as error:
-            self._error = self._error or error
-            raise
-        finally:
-            for run in self._runs:
-                while not run.ended:  # only after an error: it is told so where it waits
-                    self._resume(run, fail=False)
+                    while not run.ended:  # only after a failure: it is told so where it waits
+                        run.go_on.release()
+                        self._back.acquire()
 
     def wait(self, point: int) -> None:
         """Wait until every run waits at ``point`` or a later one, or has ended. Called from inside ``work``."""
@@ -65,32 +71,22 @@ class Lockstep:
         run.point = point
         self._back.release()
         run.go_on.acquire()
-        if self._error is not None:
+        if self._failed:
             raise Aborted
 
-    def _start(self, item: Any) -> None:
-        run = _Run(threading.Thread(target=lambda: self._body(run, item), daemon=True))
-        self._runs.append(run)
-        run.thread.start()
-        self._resume(run)
-
-    def _resume(self, run: _Run, fail: bool = True) -> None:
+    def _resume(self, run: _Run) -> None:
         run.point = None
         run.go_on.release()
         self._back.acquire()
-        if fail and self._error is not None:
-            raise self._error
+        if run.ended and run.outcome is not None:
+            run.outcome.result()  # raises what the run raised
 
     def _body(self, run: _Run, item: Any) -> None:
         self._local.run = run
         run.go_on.acquire()
         try:
-            if self._error is None:
+            if not self._failed:
                 self._work(item)
-        except Aborted:
-            pass
-        except BaseException as error:  # noqa: BLE001  (raised again where all runs are waited for)
-            self._error = self._error or error
         finally:
             run.ended = True
             self._back.release()

@@ -6,7 +6,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.passes import cuts
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
-from graphprune.passes.prune_in_order import keep_consumed, prune_by_moments, prune_by_obs
+from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
@@ -15,13 +15,15 @@ DEFAULT_METHOD = "wanda-sp"
 
 METHODS: dict[str, tuple[Pass, ...]] = {
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
-    "wanda-sp": (keep_consumed, allocate_budget("sparing", criterion="wanda-sp"), prune_by_moments(cuts.wanda)),
-    "flap": (
-        keep_consumed,
-        allocate_budget("sparing", criterion="flap-wifv"),
-        prune_by_moments(cuts.weighted_variance, bias=True),
+    "wanda-sp": (
+        allocate_budget("sparing", criterion="wanda-sp"),
+        prune_by_moments(cuts.wanda, otherwise="wanda-sp"),
     ),
-    "slimgpt": (keep_consumed, allocate_budget("sparing", criterion="flap-wifn"), prune_by_obs()),
+    "flap": (
+        allocate_budget("sparing", criterion="flap-wifv"),
+        prune_by_moments(cuts.weighted_variance, otherwise="flap-wifv", bias=True),
+    ),
+    "slimgpt": (allocate_budget("sparing", criterion="flap-wifn"), prune_by_obs()),
 }
 
 

@@ -18,26 +18,16 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, leaves
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.ir.selection import coordinates
-from graphprune.passes.base import Pass, compiler_pass
+from graphprune.passes.base import Pass
 from graphprune.passes.biases import Bias, bias_of
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.consumers import Consumers, Product, conv_groups, matrices, put_matrices, seen_by
 from graphprune.passes.cuts import Cut, Importance, MakeCut, MomentCut, ObsCut
 from graphprune.passes.lockstep import Lockstep
-from graphprune.passes.select_structures import make_plan
+from graphprune.passes.score import scores_of
+from graphprune.passes.select_structures import in_order, make_plan
 from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
-
-
-@compiler_pass(requires=("prunable",), ensures=("prunable",))
-def keep_consumed(program: Program) -> None:
-    """Leave alone, with that reason, the groups that no weight consumes: there is nothing that could adapt."""
-    axes = program.need("axes")
-    consumed = {leaf for _, name, dim in weight_contractions(program) for leaf in leaves(axes.tensors[name][dim])}
-    for group in list(program.need("prunable")):
-        if find(group.axis) not in consumed:
-            program.need("prunable").remove(group)
-            program.need("skipped")[group.name] = "no weight consumes it"
 
 
 def prune_by_obs(*, damping: float = 0.01, group: int | None = None, grouped_cholesky: bool = True) -> Pass:
@@ -52,27 +42,41 @@ def prune_by_obs(*, damping: float = 0.01, group: int | None = None, grouped_cho
 
     An axis that several matrices consume is decided where the first of them runs; the others make up for it. What the
     data never reaches goes by the size of its weights. A weight that is tied to another is pruned, but not adapted.
+    Axes that cannot be decided so, since no weight that is seen consumes them or since they are ragged, go by the
+    scores of FLAP's WIFN or, without one, of magnitude.
     """
-    return _in_order(lambda weight: ObsCut(weight, damping, group, grouped_cholesky))
+    return _in_order(lambda weight: ObsCut(weight, damping, group, grouped_cholesky), "flap-wifn")
 
 
-def prune_by_moments(importance: Importance, *, bias: bool = False) -> Pass:
+def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = False) -> Pass:
     """A pass that removes ``counts`` structures of every group, those of the least ``importance``, summed over columns.
 
     With ``bias`` the bias of a consumer takes what the removed columns add on average (FLAP, Eq. 7): it is added to a
-    bias that is there, and a plain linear layer without one gets one.
+    bias that is there, and a plain linear layer without one gets one. Axes that cannot be decided so, since no weight
+    that is seen consumes them or since they are ragged, go by the criterion ``otherwise`` or, without a score, by
+    magnitude.
     """
-    return _in_order(lambda weight: MomentCut(weight, importance), bias)
+    return _in_order(lambda weight: MomentCut(weight, importance), otherwise, bias)
 
 
-def _in_order(make: MakeCut, bias: bool = False) -> Pass:
+def _in_order(make: MakeCut, otherwise: str, bias: bool = False) -> Pass:
     def run(program: Program) -> None:
         operation = _Operation(program, make, bias)
         operation.run(calibration_batches(program))
+        _by_scores(program, operation.removed, otherwise)
         make_plan(program, operation.removed)
         operation.hand_over()
 
     return Pass("prune_in_order", run, requires=("counts",), ensures=("plan",))
+
+
+def _by_scores(program: Program, removed: dict[str, torch.Tensor], criterion: str) -> None:
+    """Add to ``removed`` what goes of the groups that are not in it yet, by their scores."""
+    for name in (criterion, "l2"):
+        left = [g for g in program.need("prunable") if program.need("counts").get(g.name) and g.name not in removed]
+        scores = scores_of(program, name, left) if left else {}
+        for group, values in scores.items():
+            removed[group] = in_order(values)[1][..., : program.need("counts")[group]]
 
 
 @dataclass
@@ -107,7 +111,9 @@ class _Operation:
     def __post_init__(self) -> None:
         program = self.program
         axes, tensors, counts = program.need("axes"), names(program.model), program.need("counts")
-        losing = {find(group.axis): group for group in program.need("prunable") if counts.get(group.name)}
+        ragged = program.ragged_axes()
+        axis_of = {find(group.axis): group for group in program.need("prunable") if counts.get(group.name)}
+        losing = {axis: group for axis, group in axis_of.items() if axis not in ragged}
         for node, name, dim in weight_contractions(program):
             groups = [losing[leaf] for leaf in dict.fromkeys(leaves(axes.tensors[name][dim])) if leaf in losing]
             if groups and id(tensors[name]) not in self._sites:

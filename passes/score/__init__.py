@@ -9,6 +9,7 @@ from graphprune.passes.score.registry import (
     criterion,
     criterion_names,
     score_by,
+    scores_of,
 )
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "magnitude",
     "random",
     "score_by",
+    "scores_of",
     "wanda_sp",
 ]

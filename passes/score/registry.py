@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find, leaves, reduce_to_leaves
-from graphprune.ir.program import Program
+from graphprune.ir.program import NodeGroup, Program
 from graphprune.ir.selection import sum_by_pair
 from graphprune.passes.base import Pass
 from graphprune.rules.registry import Dims
@@ -64,23 +64,30 @@ def add_positions(
         scores[leaf] = scores[leaf] + share if leaf in scores else share
 
 
+def scores_of(program: Program, name: str, groups: Iterable[NodeGroup]) -> dict[str, torch.Tensor]:
+    """Name of a group → its scores by the criterion ``name``; groups that it gives none are absent.
+
+    Raises :class:`GraphPruneError` when a score is not finite.
+    """
+    found = _CRITERIA[name](program)
+    scores = {group.name: found[find(group.axis)] for group in groups if find(group.axis) in found}
+    for group, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise GraphPruneError(
+                f"The {name} score of {group} is not finite: the weights, or the activations they see, "
+                "hold NaN or infinite values, or overflow. Nothing was changed."
+            )
+    return scores
+
+
 def score_by(name: str) -> Pass:
     """A pass that runs the criterion ``name``; groups it gives no score are left alone, with that reason."""
 
     def run(program: Program) -> None:
-        found = _CRITERIA[name](program)
-        program.scores = {}
+        program.scores = scores_of(program, name, program.need("prunable"))
         for group in list(program.need("prunable")):
-            values = found.get(find(group.axis))
-            if values is None:
+            if group.name not in program.scores:
                 program.need("prunable").remove(group)
                 program.need("skipped")[group.name] = f"the criterion {name} has no score for it"
-            elif not bool(torch.isfinite(values).all()):
-                raise GraphPruneError(
-                    f"The {name} score of {group.name} is not finite: the weights, or the activations they see, "
-                    "hold NaN or infinite values, or overflow. Nothing was changed."
-                )
-            else:
-                program.scores[group.name] = values
 
     return Pass("score", run, requires=("prunable",), ensures=("scores",))

@@ -16,7 +16,7 @@ def folders(model, tokenizer, tmp_path):
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"
     model.save_pretrained(dense)
     tokenizer.save_pretrained(dense)
-    graphprune.save(graphprune.compile(model, 0.2, ranking="global"), pruned, tokenizer=tokenizer)
+    graphprune.save(graphprune.compile(model, 0.2, allocation="global"), pruned, tokenizer=tokenizer)
     return str(dense), str(pruned)
 
 

@@ -15,7 +15,7 @@ from graphprune.evaluate import Evaluation, Latency, checkpoint_bytes, compariso
 
 
 def test_everything_at_once(model, tokenizer, text, task_folder, tmp_path):
-    pruned = graphprune.compile(model, 0.2, ranking="global")
+    pruned = graphprune.compile(model, 0.2, allocation="global")
     graphprune.save(pruned, tmp_path / "pruned", tokenizer=tokenizer)
     pruned.train()
     check, steps = snapshot(pruned), []

@@ -39,7 +39,7 @@ def test_accuracies_against_a_loop_in_float64(model, tokenizer, rows, task_folde
 
 
 def test_a_pruned_model_on_a_group(model, tokenizer, task_folder):
-    pruned = graphprune.compile(model, 0.2, ranking="global")
+    pruned = graphprune.compile(model, 0.2, allocation="global")
     tasks = Tasks("tiny_both", include_path=str(task_folder), limit=4)
     assert tasks.names == ["tiny_both"]
     dense, small = tasks.scores(model, tokenizer), tasks.scores(pruned, tokenizer)

@@ -14,7 +14,7 @@ from graphprune import GraphPruneError
 from graphprune.passes import cuts, run_passes
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.methods import passes_of
-from graphprune.passes.prune_in_order import keep_consumed, prune_by_moments, prune_by_obs
+from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.trace.skeleton import names
 
 
@@ -166,20 +166,22 @@ def test_whoever_else_consumes_an_axis_makes_up_for_it(both: bool) -> None:
         assert torch.allclose(program.weight(linear.weight)[:, kept], wanted, atol=1e-4)
 
 
-def test_what_no_weight_consumes_is_left_alone() -> None:
-    class Dots(nn.Module):
+@pytest.mark.parametrize("method", ["wanda-sp", "flap", "slimgpt"])
+def test_what_no_weight_consumes_goes_by_its_size(method: str) -> None:
+    class Turned(nn.Module):
+        """Multiplies by a weight that it turns first, which nobody sees as a weight."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.q, self.k, self.up, self.down = nn.Linear(7, 8), nn.Linear(7, 8), nn.Linear(7, 9), nn.Linear(9, 2)
+            self.up, self.down = nn.Linear(7, 9), nn.Linear(9, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (self.q(x) @ self.k(x).mT).sum((1, 2)).view(-1, 1) + self.down(self.up(x)).sum(1)
+            return self.up(x) @ self.down.weight.T
 
-    program = analyse(Dots().eval(), X)
-    assert len(program.need("prunable")) == 2
-    keep_consumed(program)
-    assert [group.name for group in program.need("prunable")] == ["up.weight[0]"]
-    assert "no weight consumes it" in program.need("skipped").values()
+    model = randomise(Turned()).eval()
+    pruned = graphprune.compile(model, 0.3, method=method, data=batches(), example_inputs=X)
+    by_size = graphprune.compile(model, 0.3, method="magnitude", example_inputs=X)
+    assert graphprune.report(pruned).plan.keep == graphprune.report(by_size).plan.keep != {}
 
 
 def test_a_tied_weight_is_pruned_but_does_not_adapt() -> None:
@@ -192,7 +194,7 @@ def test_a_tied_weight_is_pruned_but_does_not_adapt() -> None:
 
 @pytest.mark.parametrize("options", [{"group": 3}, {"grouped_cholesky": False}, {"damping": 0.1}], ids=str)
 def test_its_knobs_are_arguments_of_the_pass(options: dict[str, Any]) -> None:
-    own = (keep_consumed, allocate_budget("uniform"), prune_by_obs(**options))
+    own = (allocate_budget("uniform"), prune_by_obs(**options))
     pruned = graphprune.compile(toy(), 0.3, passes=own, data=batches(), example_inputs=X)
     assert graphprune.report(pruned).oracle_error is not None
 
@@ -256,7 +258,7 @@ def test_biases_take_what_removed_channels_add_on_average() -> None:
         bias = model.down.bias + model.down.weight[:, lost] @ hidden[:, lost].mean(0)
     assert torch.allclose(pruned.mid.bias, offset[mid], atol=1e-5)
     assert torch.allclose(pruned.down.bias, bias, atol=1e-5)
-    without = (keep_consumed, allocate_budget("sparing"), prune_by_moments(cuts.weighted_variance))
+    without = (allocate_budget("sparing"), prune_by_moments(cuts.weighted_variance, otherwise="l2"))
     assert error(model, pruned, data) < error(
         model, graphprune.compile(model, 0.3, passes=without, data=data, example_inputs=X), data
     )
