@@ -75,7 +75,7 @@ def _lm_eval(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from graphprune.calibration import read_texts
+    from graphprune.data.calibration import read_texts
     from graphprune.evaluate import Tasks, comparison
 
     output = Path(options.output) if options.output else None

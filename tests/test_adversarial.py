@@ -458,7 +458,7 @@ def test_writing_in_half_precision(name: str) -> None:
 
 def test_the_pruned_model_is_as_if_never_run() -> None:
     for name in ("counts_in_python", "counts_in_buffers", "writes_into_a_cache", "replaces_a_buffer"):
-        pruned: Any = graphprune.compile(build(name), 0.3, example_inputs=X)
+        pruned: Any = graphprune.compile(build(name), 0.3, method="magnitude", example_inputs=X)
         assert (pruned.calls, pruned.log) == (0, [])
         assert all(not buffer.any() for buffer in pruned.buffers())
 
@@ -522,7 +522,7 @@ def test_refused(name: str) -> None:
     state = copy.copy(vars(model))
     unchanged = snapshot(model) if name != "lazy" else lambda: None
     with pytest.raises(GraphPruneError, match=message):
-        graphprune.compile(model, 0.3, example_inputs=X)
+        graphprune.compile(model, 0.3, method="magnitude", example_inputs=X)
     unchanged()
     assert vars(model) == state
 

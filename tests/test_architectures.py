@@ -153,7 +153,7 @@ def run(name: str, model: nn.Module) -> torch.Tensor:
 def test_compile(name: str) -> None:
     model = build(name)
     unchanged = snapshot(model)
-    pruned = graphprune.compile(model, 0.25, example_inputs=example(name))
+    pruned = graphprune.compile(model, 0.25, method="magnitude", example_inputs=example(name))
     unchanged()
     report = graphprune.report(pruned)
     assert type(pruned) is type(model)
@@ -177,7 +177,7 @@ def _with_gradients(name: str, model: nn.Module) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("name", CAUSAL, ids=str)
 def test_generate_with_cache_equals_without(name: str) -> None:
-    pruned = graphprune.compile(build(name), 0.25)
+    pruned = graphprune.compile(build(name), 0.25, method="magnitude")
     ids = torch.randint(3, 200, (2, 7))
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     options["attention_mask"] = torch.ones_like(ids)
@@ -220,7 +220,7 @@ def test_every_axis_by_itself(name: str) -> None:
 
 
 def test_query_heads_of_a_key_value_group_stay_together() -> None:
-    pruned = graphprune.compile(build("llama_grouped_query"), 0.25)
+    pruned = graphprune.compile(build("llama_grouped_query"), 0.25, method="magnitude")
     for layer in pruned.model.layers:
         attention = layer.self_attn
         kv = attention.k_proj.out_features // 8

@@ -75,7 +75,22 @@ def test_experts_and_their_plan(tmp_path):
     )
     MixtralForCausalLM(config).save_pretrained(tmp_path / "mixture")
     first, second = tmp_path / "first", tmp_path / "second"
-    assert main(["prune", str(tmp_path / "mixture"), "--ratio", "0.3", "--experts", "-o", str(first)]) == 0
+    assert (
+        main(
+            [
+                "prune",
+                str(tmp_path / "mixture"),
+                "--ratio",
+                "0.3",
+                "--method",
+                "magnitude",
+                "--experts",
+                "-o",
+                str(first),
+            ]
+        )
+        == 0
+    )
     plan = tmp_path / "plan.json"
     plan.write_text(graphprune.report(graphprune.load(first)).plan.to_json())
     assert main(["prune", str(tmp_path / "mixture"), "--plan", str(plan), "-o", str(second)]) == 0

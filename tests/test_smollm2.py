@@ -33,7 +33,7 @@ def greedy(model, tokenizer, **options) -> list[int]:
 def test_pruned_by_ratio(smollm2, ratio, width, tmp_path):
     model, tokenizer = smollm2
     before = {name: (t.data_ptr(), t._version) for name, t in model.named_parameters()}
-    pruned = graphprune.compile(model, ratio, width=width)
+    pruned = graphprune.compile(model, ratio, method="magnitude", width=width)
     report = graphprune.report(pruned)
 
     assert type(pruned) is type(model)
@@ -55,7 +55,7 @@ def test_pruned_by_ratio(smollm2, ratio, width, tmp_path):
 def test_query_heads_stay_with_their_kv_head(smollm2):
     """9 query heads on 3 KV heads of width 64: what is left of q_proj are the query heads of the KV heads kept."""
     model, _ = smollm2
-    pruned = graphprune.compile(model, 0.05, include=["*.self_attn"])
+    pruned = graphprune.compile(model, 0.05, method="magnitude", include=["*.self_attn"])
     for layer, small in zip(model.model.layers, pruned.model.layers, strict=True):
         heads = model.config.num_key_value_heads
         keys = layer.self_attn.k_proj.weight.view(heads, 64, -1)
@@ -77,7 +77,7 @@ def test_activations_keep_the_model_alive(smollm2):
     text = (ROOT / "examples" / "alice.txt").read_text("utf-8")
     other = (ROOT / "examples" / "oz.txt").read_text("utf-8")
     options = {"include": ["*.mlp"], "skip_first": 3, "skip_last": 2, "verify": False}
-    magnitude = graphprune.compile(model, 0.2, **options)
+    magnitude = graphprune.compile(model, 0.2, method="magnitude", **options)
     wanda = graphprune.compile(model, 0.2, method="wanda-sp", data=[text], tokenizer=tokenizer, samples=8, **options)
     dense, alive, dead = (perplexity(m, tokenizer, other, tokens=512) for m in (model, wanda, magnitude))
     assert dense < alive < 5 * dense

@@ -364,7 +364,7 @@ def test_without_experts_nothing_changes() -> None:
     assert "looked up by index" in inspection.skipped[EXPERTS]
     facts = inspection.program.need("axes").facts
     assert facts.statistics == facts.selections.pins == facts.selections.ranked == []
-    plan = graphprune.report(graphprune.compile(model, 0.2, example_inputs=X)).plan
+    plan = graphprune.report(graphprune.compile(model, 0.2, method="magnitude", example_inputs=X)).plan
     assert '"experts"' not in plan.to_json()
     with pytest.raises(GraphPruneError, match="which is pinned here"):
         graphprune.compile(model, plan=plan_removing({EXPERTS: (6, [1])}), example_inputs=X)
@@ -443,7 +443,7 @@ def len_of(model: nn.Module, axis: str) -> int:
 def test_compile_save_load_generate(name: str, tmp_path: Any) -> None:
     model = mixture_of(name)
     unchanged = snapshot(model)
-    pruned = graphprune.compile(model, 0.12, experts=True, include="*.mlp*")
+    pruned = graphprune.compile(model, 0.12, method="magnitude", experts=True, include="*.mlp*")
     unchanged()
     report = graphprune.report(pruned)
     experts = pruned.model.layers[0].mlp.experts
@@ -490,7 +490,7 @@ def test_a_router_that_never_chooses_them_says_the_same() -> None:
 
 def test_the_plan_remembers() -> None:
     model = mixture(top2)
-    pruned = graphprune.compile(model, 0.4, example_inputs=X, experts=True)
+    pruned = graphprune.compile(model, 0.4, method="magnitude", example_inputs=X, experts=True)
     plan = Plan.from_json(graphprune.report(pruned).plan.to_json())
     assert plan.experts
     assert EXPERTS in plan.keep
@@ -501,7 +501,7 @@ def test_as_many_stay_as_the_router_chooses() -> None:
     model = mixture(top2)
     # As far as it goes, which is said when more is asked for.
     with pytest.raises(GraphPruneError, match=r"(\d\.\d+) is as far as it goes") as caught:
-        graphprune.compile(model, 0.99, example_inputs=X, experts=True, include="")
+        graphprune.compile(model, 0.99, method="magnitude", example_inputs=X, experts=True, include="")
     reach = float(str(caught.value).split("reached: ")[1].split()[0]) - 1e-4
     report = graphprune.report(graphprune.compile(model, reach, example_inputs=X, experts=True, include=""))
     assert report.widths[EXPERTS] == (6, 2)
@@ -518,9 +518,9 @@ def test_nothing_to_spare() -> None:
 
 
 def test_in_place() -> None:
-    expected = graphprune.compile(mixture_of("mixtral"), 0.2, experts=True)
+    expected = graphprune.compile(mixture_of("mixtral"), 0.2, method="magnitude", experts=True)
     model = mixture_of("mixtral")
-    assert graphprune.compile(model, 0.2, experts=True, inplace=True) is model
+    assert graphprune.compile(model, 0.2, method="magnitude", experts=True, inplace=True) is model
     ids = torch.randint(3, 200, (2, 7))
     assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
     assert "model.layers.0.mlp.gate.weight[0]" in graphprune.report(model).widths

@@ -58,7 +58,9 @@ def blocks(**options: Any) -> set[str]:
 def test_the_ratio_is_reached_to_within_one_structure(ratio: float, allocation: str) -> None:
     model = mlp()
     total = numel(model)
-    report = graphprune.report(graphprune.compile(model, ratio, example_inputs=X, allocation=allocation))
+    report = graphprune.report(
+        graphprune.compile(model, ratio, method="magnitude", example_inputs=X, allocation=allocation)
+    )
     assert report.ratio <= ratio
     hidden, inner = (
         report.widths.get(f"{name}.weight[0]", (size, size))[1] for name, size in (("first", 40), ("second", 20))
@@ -75,13 +77,17 @@ def test_the_smallest_go_first() -> None:
             part[[3, 17, 30]] *= 1e-3
     share = 3 * (8 + 20) / numel(model)
     report = graphprune.report(
-        graphprune.compile(model, share + 1e-6, example_inputs=X, allocation="global", include=["first"])
+        graphprune.compile(
+            model, share + 1e-6, method="magnitude", example_inputs=X, allocation="global", include=["first"]
+        )
     )
     assert set(range(40)) - set(report.plan.keep["first.weight[0]"]) == {3, 17, 30}
 
 
 def test_uniform_allocation_shrinks_all_axes_alike() -> None:
-    report = graphprune.report(graphprune.compile(mlp(), 0.4, example_inputs=X, allocation="uniform"))
+    report = graphprune.report(
+        graphprune.compile(mlp(), 0.4, method="magnitude", example_inputs=X, allocation="uniform")
+    )
     shares = [after / before for before, after in report.widths.values()]
     assert len(shares) == 2
     assert max(shares) - min(shares) <= 0.06
@@ -93,14 +99,16 @@ def test_global_allocation_takes_from_where_structures_differ() -> None:
         model.first.weight[:20] *= 1e-3
         model.first.bias[:20] *= 1e-3
         model.second.weight[:, :20] *= 1e-3
-    report = graphprune.report(graphprune.compile(model, 0.3, example_inputs=X, allocation="global"))
+    report = graphprune.report(
+        graphprune.compile(model, 0.3, method="magnitude", example_inputs=X, allocation="global")
+    )
     assert list(report.widths) == ["first.weight[0]"]
     assert set(range(20, 40)) <= set(report.plan.keep["first.weight[0]"])
 
 
 def test_at_least_one_index_stays_everywhere() -> None:
     with pytest.raises(GraphPruneError) as caught:
-        graphprune.compile(mlp(), 0.999, example_inputs=X)
+        graphprune.compile(mlp(), 0.999, method="magnitude", example_inputs=X)
     most = float(str(caught.value).split("cannot be reached: ")[1].split(" ")[0])
     pruned = graphprune.compile(mlp(), most - 1e-4, example_inputs=X)
     assert min(pruned.first.out_features, pruned.second.out_features) == 1
@@ -109,19 +117,19 @@ def test_at_least_one_index_stays_everywhere() -> None:
 
 def test_unreachable_with_round_to_says_so() -> None:
     with pytest.raises(GraphPruneError, match="round_to=16"):
-        graphprune.compile(mlp(), 0.8, example_inputs=X, round_to=16)
+        graphprune.compile(mlp(), 0.8, method="magnitude", example_inputs=X, round_to=16)
 
 
 @pytest.mark.parametrize("round_to", [4, 8])
 def test_widths_are_multiples_of_round_to(round_to: int) -> None:
-    pruned = graphprune.compile(mlp(), 0.4, example_inputs=X, round_to=round_to)
+    pruned = graphprune.compile(mlp(), 0.4, method="magnitude", example_inputs=X, round_to=round_to)
     assert pruned.first.out_features % round_to == 0
     assert pruned.first.out_features < 40
 
 
 def test_round_to_counts_the_width_of_a_head() -> None:
     """A head is 8 rows: widths in multiples of 16 take two heads at a time."""
-    pruned = graphprune.compile(toy(2), 0.3, round_to=16, example_inputs=X)
+    pruned = graphprune.compile(toy(2), 0.3, method="magnitude", round_to=16, example_inputs=X)
     for layer in pruned.layers:
         assert layer.attention.q_proj.out_features in (16, 32)
         assert layer.mlp.up.out_features % 16 == 0
@@ -156,14 +164,16 @@ def test_exclude_wins_over_include() -> None:
 
 
 def test_a_pattern_may_be_one_string_and_reaches_the_plan() -> None:
-    report = graphprune.report(graphprune.compile(toy(2), 0.1, example_inputs=X, include="*.mlp", skip_first=1))
+    report = graphprune.report(
+        graphprune.compile(toy(2), 0.1, method="magnitude", example_inputs=X, include="*.mlp", skip_first=1)
+    )
     assert list(report.widths) == ["layers.1.mlp.up.weight[0]"]
     assert report.skipped == report.plan.skipped
 
 
 def test_a_group_that_reaches_into_an_excluded_module_is_spared() -> None:
     with pytest.raises(GraphPruneError, match=r"first\.weight\[0\] .*: excluded"):
-        graphprune.compile(mlp(), 0.1, example_inputs=X, exclude=["second"])
+        graphprune.compile(mlp(), 0.1, method="magnitude", example_inputs=X, exclude=["second"])
 
 
 def test_inner_axes_are_opt_in() -> None:
@@ -178,7 +188,7 @@ def test_inner_axes_are_opt_in() -> None:
 
 def test_one_parameter_tensor_of_two_pruned_dimensions_counts_once() -> None:
     """second.weight loses rows and columns: what it loses is not the sum of both."""
-    pruned = graphprune.compile(mlp(), 0.5, example_inputs=X)
+    pruned = graphprune.compile(mlp(), 0.5, method="magnitude", example_inputs=X)
     report = graphprune.report(pruned)
     assert report.plan.ratio == pytest.approx(report.ratio, abs=1e-12)
     assert numel(pruned) == report.parameters_after
@@ -197,7 +207,7 @@ def test_widths_that_a_kernel_takes() -> None:
     )
     torch.manual_seed(0)
     model = MixtralForCausalLM(config).eval()
-    report = graphprune.report(graphprune.compile(model, 0.3, include=["*.experts"]))
+    report = graphprune.report(graphprune.compile(model, 0.3, method="magnitude", include=["*.experts"]))
     ((name, (before, after)),) = report.widths.items()
     assert before == 24
     assert after < 24

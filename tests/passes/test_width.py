@@ -109,7 +109,7 @@ def test_every_axis(name: str) -> None:
 def test_compile_save_load_generate(name: str, tmp_path: Any) -> None:
     model = build(name)
     unchanged = snapshot(model)
-    pruned = graphprune.compile(model, 0.25, width=True)
+    pruned = graphprune.compile(model, 0.25, method="magnitude", width=True)
     unchanged()
     report = graphprune.report(pruned)
     (width,) = unlocked(model)
@@ -309,7 +309,7 @@ def test_without_width_nothing_changes() -> None:
     inspection = graphprune.inspect(model, example_inputs=X)
     assert "normalised" in inspection.skipped[WIDTH]
     assert inspection.program.need("axes").facts.statistics == []
-    plan = graphprune.report(graphprune.compile(model, 0.3, example_inputs=X)).plan
+    plan = graphprune.report(graphprune.compile(model, 0.3, method="magnitude", example_inputs=X)).plan
     assert WIDTH not in plan.keep
     assert "width" not in plan.to_json()
     with pytest.raises(GraphPruneError, match="pinned here: normalised"):
@@ -321,7 +321,7 @@ def test_without_width_nothing_changes() -> None:
 
 def test_the_plan_remembers() -> None:
     model = toy()
-    pruned = graphprune.compile(model, 0.3, example_inputs=X, width=True)
+    pruned = graphprune.compile(model, 0.3, method="magnitude", example_inputs=X, width=True)
     plan = Plan.from_json(graphprune.report(pruned).plan.to_json())
     assert plan.width
     again = graphprune.compile(model, plan=plan, example_inputs=X)
@@ -332,7 +332,7 @@ def test_ratio_is_reached_to_within_one_structure() -> None:
     """Nothing more fits: every next structure costs more than what is missing."""
     model = toy()
     for ratio in (0.1, 0.35, 0.6):
-        report = graphprune.report(graphprune.compile(model, ratio, example_inputs=X, width=True))
+        report = graphprune.report(graphprune.compile(model, ratio, method="magnitude", example_inputs=X, width=True))
         counter = ParameterCounter(analyse(model, X, inner_axes=False, width=True))
         removed = {name: before - after for name, (before, after) in report.widths.items()}
         missing = ratio * counter.total - (counter.total - counter.count(removed))
@@ -343,7 +343,9 @@ def test_ratio_is_reached_to_within_one_structure() -> None:
 
 
 def test_round_to_holds_for_the_width() -> None:
-    report = graphprune.report(graphprune.compile(toy(), 0.5, example_inputs=X, width=True, round_to=8))
+    report = graphprune.report(
+        graphprune.compile(toy(), 0.5, method="magnitude", example_inputs=X, width=True, round_to=8)
+    )
     before, after = report.widths[WIDTH]
     assert before == 32
     assert after % 8 == 0
@@ -352,14 +354,16 @@ def test_round_to_holds_for_the_width() -> None:
 def test_exclude_and_spared_blocks_hold_the_width() -> None:
     """The width crosses every block, so sparing one spares the width."""
     for options in ({"exclude": "head"}, {"skip_first": 1}):
-        report = graphprune.report(graphprune.compile(toy(), 0.1, example_inputs=X, width=True, **options))
+        report = graphprune.report(
+            graphprune.compile(toy(), 0.1, method="magnitude", example_inputs=X, width=True, **options)
+        )
         assert WIDTH in report.skipped
 
 
 def test_in_place() -> None:
     model, twin = build("llama_tied"), build("llama_tied")
-    expected = graphprune.compile(twin, 0.3, width=True)
-    assert graphprune.compile(model, 0.3, width=True, inplace=True) is model
+    expected = graphprune.compile(twin, 0.3, method="magnitude", width=True)
+    assert graphprune.compile(model, 0.3, method="magnitude", width=True, inplace=True) is model
     ids = torch.randint(3, 200, (2, 7))
     assert torch.equal(model(input_ids=ids).logits, expected(input_ids=ids).logits)
     assert numel(model) == numel(expected)
@@ -367,8 +371,8 @@ def test_in_place() -> None:
 
 
 def test_pruned_twice() -> None:
-    once = graphprune.compile(toy(), 0.2, example_inputs=X, width=True)
-    twice = graphprune.compile(once, 0.2, example_inputs=X, width=True)
+    once = graphprune.compile(toy(), 0.2, method="magnitude", example_inputs=X, width=True)
+    twice = graphprune.compile(once, 0.2, method="magnitude", example_inputs=X, width=True)
     assert twice.stem.out_features < once.stem.out_features < 32
 
 
@@ -394,9 +398,9 @@ def test_a_statistic_over_the_wrong_indices_is_caught(lie: Any, monkeypatch: pyt
     monkeypatch.setitem(restrict.RESTRICTED, aten.mean, lie)
     for inplace in (False, True):
         with pytest.raises(GraphPruneError, match="does not compute what the masked original computes"):
-            graphprune.compile(model, 0.2, width=True, inplace=inplace)
+            graphprune.compile(model, 0.2, method="magnitude", width=True, inplace=inplace)
         unchanged()
-    graphprune.compile(model, 0.2)  # the width is not pruned here: nothing is restricted
+    graphprune.compile(model, 0.2, method="magnitude")  # the width is not pruned here: nothing is restricted
 
 
 def test_a_norm_whose_weight_nobody_slices_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
