@@ -47,11 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
-    prune.add_argument("--method", default="magnitude", help="magnitude (default), l1, l2, random, wanda-sp")
+    prune.add_argument(
+        "--method", default="magnitude", help="magnitude (default), l1, l2, random, wanda-sp, llm-pruner, …"
+    )
     prune.add_argument("--data", nargs="+", metavar="FILE", help=".txt or .jsonl calibration texts (field 'text')")
     prune.add_argument("--samples", type=int, default=32, help="rows of calibration text (default 32)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
     prune.add_argument("--allocation", metavar="NAME", help="how the budget is spread: uniform, global, …")
+    prune.add_argument(
+        "--aggregation",
+        choices=("sum", "prod", "max", "last"),
+        default="sum",
+        help="how Taylor scores of the slices of a structure become one (default sum)",
+    )
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
     prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")
     prune.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="never prune these modules")
@@ -115,6 +123,7 @@ def _prune(options: argparse.Namespace) -> None:
             data=texts,
             tokenizer=tokenizer,
             allocation=options.allocation,
+            aggregation=options.aggregation,
             round_to=options.round_to,
             include=options.include,
             exclude=options.exclude,

@@ -22,6 +22,7 @@ from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.methods import passes_of
 from graphprune.passes.replay_plan import replay_plan
+from graphprune.passes.score.taylor import AGGREGATIONS
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
 from graphprune.trace.skeleton import names
@@ -37,6 +38,7 @@ def compile(
     example_inputs: Any = None,
     plan: Plan | None = None,
     allocation: str | Mapping[str, float] | None = None,
+    aggregation: str = "sum",
     passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
@@ -64,7 +66,8 @@ def compile(
         model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
             is made real: the result is a smaller meta model.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
-        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``, ``"wanda-sp"`` (needs ``data``).
+        method: the score. ``"magnitude"`` (= ``"l2"``), ``"l1"``, ``"random"``; or with ``data``, ``"wanda-sp"``,
+            ``"llm-pruner"`` (= ``"taylor-first"``), ``"taylor-vector"``, ``"taylor-second"``, ``"taylor-mixed"``.
         data: calibration texts, a list of str (with ``tokenizer``), or a list of dicts of tensors for forward.
         tokenizer: turns a text into ``{"input_ids": [...]}``.
         example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
@@ -74,6 +77,8 @@ def compile(
             axis shrinks by the same share), ``"global"`` (scores over the mean of their axis are compared),
             ``"standardised"`` (scores as FLAP compares them), ``"log-increasing"`` (SlimGPT's ratio, growing with
             depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one another.
+        aggregation: how the Taylor scores of the slices of a structure (one per parameter dimension that it owns)
+            become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"``, those of the operator that runs last.
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
@@ -104,13 +109,14 @@ def compile(
         GraphPruneError: for anything the user can act on; the model is then as it was.
     """
     start = time.perf_counter()
-    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, emit, inplace)
+    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, aggregation, emit, inplace)
     options = Options(
         ratio=ratio,
         method=method,
         data=data,
         tokenizer=tokenizer,
         allocation=allocation,
+        aggregation=aggregation,
         round_to=round_to,
         include=[include] if isinstance(include, str) else list(include),
         exclude=[exclude] if isinstance(exclude, str) else list(exclude),
@@ -207,6 +213,7 @@ def _check_arguments(
     round_to: int,
     skip_first: int,
     skip_last: int,
+    aggregation: str,
     emit: str,
     inplace: bool,
 ) -> None:
@@ -222,6 +229,8 @@ def _check_arguments(
         )
     if round_to < 1:
         raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
+    if aggregation not in AGGREGATIONS:
+        raise GraphPruneError(f"aggregation is one of {', '.join(AGGREGATIONS)}, not {aggregation!r}.")
     if emit not in ("module", "graph"):
         raise GraphPruneError(f"emit is 'module' (the same class) or 'graph' (a torch.fx.GraphModule), not {emit!r}.")
     if emit == "graph" and inplace:

@@ -10,6 +10,7 @@ from graphprune.passes.select_structures import select_structures
 
 METHODS: dict[str, tuple[Pass, ...]] = {
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
+    "llm-pruner": (score_by("taylor-first"), allocate_budget("uniform"), select_structures),
     "wanda-sp": (score_by("wanda-sp"), allocate_budget("uniform"), select_structures),
 }
 

@@ -1,6 +1,6 @@
 """Importance: each criterion is one small file over removal structures."""
 
-from graphprune.passes.score import magnitude, random, wanda_sp
+from graphprune.passes.score import magnitude, random, taylor, wanda_sp
 from graphprune.passes.score.registry import (
     Criterion,
     Scores,
@@ -9,6 +9,7 @@ from graphprune.passes.score.registry import (
     criterion,
     criterion_names,
     score_by,
+    slice_sums,
 )
 
 __all__ = [
@@ -21,5 +22,7 @@ __all__ = [
     "magnitude",
     "random",
     "score_by",
+    "slice_sums",
+    "taylor",
     "wanda_sp",
 ]
