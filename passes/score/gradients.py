@@ -11,7 +11,9 @@ cannot be scored one by one. Plain accumulation over batches would hold a gradie
   in a model without such blocks that is all of it.
 
 Held at once are the inputs of every block for all data, the activations of one block (and of what follows the last)
-for one batch, and the gradients of one block, in float32.
+for one batch, and the gradients of one block, in float32. Squares of single samples are kept the same way; a parameter
+whose gradient comes in parts (a tied embedding, a block that runs twice) cannot be squared part by part, so such
+parameters get full backward passes of their own, in which their gradients alone are held.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,32 +112,57 @@ def _backward(loss: torch.Tensor, retain_graph: bool = False) -> None:
         loss.backward(retain_graph=retain_graph)
 
 
+def _nested(name: str) -> GraphPruneError:
+    return GraphPruneError(
+        f"{name} gets a part of its gradient after its own module is done, as it does in a nested backward pass "
+        "(reentrant checkpointing). Switch that off."
+    )
+
+
 class _Sums:
-    """Takes the gradients off the parameters as they come, and hands them on when they are complete."""
+    """Takes the gradients off the parameters as they come, and hands them on when they are complete.
+
+    ``batch`` is the number of the batch that runs backward. Of the parameters ``in_parts`` there are no squares yet.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter], samples: int, squares: bool, use: Use):
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._samples, self._squares, self._use = samples, squares, use
         self._held: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._finished: set[nn.Parameter] = set()
+        self._seen: set[tuple[nn.Parameter, int]] = set()
+        self._again: set[nn.Parameter] = set()
+        self.in_parts: set[nn.Parameter] = set()
+        self.batch = 0
         self.at_once = False  # the next gradient of every parameter is its last
         for parameter in parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take)
+
+    def only_in_parts(self) -> None:
+        """Go on with the gradients of ``in_parts`` alone, from nothing, each now in one piece per batch."""
+        self._again, self.in_parts = self.in_parts, set()
+        for parameter in self._names:
+            parameter.requires_grad_(parameter in self._again)
+        self._seen.clear()
 
     def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         if parameter in self._finished:
-            raise GraphPruneError(
-                f"{self._names[parameter]} gets a part of its gradient after its own module is done, as it does in a "
-                "nested backward pass (reentrant checkpointing). Switch that off."
-            )
-        gradient = parameter.grad.to_dense().to(torch.promote_types(parameter.dtype, torch.float32))
-        parameter.grad = None
-        first, second = self._held.get(parameter, (None, None))
-        if self._squares:
-            second = gradient.square() if second is None else second.addcmul_(gradient, gradient)
-        self._held[parameter] = (gradient if first is None else first.add_(gradient), second)
+            raise _nested(self._names[parameter])
+        gradient, parameter.grad = parameter.grad, None
+        if self._squares and (parameter, self.batch) in self._seen:
+            if parameter in self._again:
+                raise _nested(self._names[parameter])
+            self.in_parts.add(parameter)
+            self._held.pop(parameter, None)
+        self._seen.add((parameter, self.batch))
+        if parameter not in self.in_parts:
+            gradient = gradient.to_dense().to(torch.promote_types(parameter.dtype, torch.float32))
+            first, second = self._held.get(parameter, (None, None))
+            if self._squares:
+                second = gradient.square() if second is None else second.addcmul_(gradient, gradient)
+            self._held[parameter] = (gradient if first is None else first.add_(gradient), second)
         if self.at_once:
             self.finish([parameter])
 
@@ -177,36 +205,40 @@ class _Cut(torch.autograd.Function):
         return None, None
 
 
-@dataclass
-class _Cuts:
-    """Cuts the graph behind every block of a model; ``calls`` has the outputs of each call since it was emptied."""
+Calls = list[tuple[nn.Module, list[_Output]]]  # every call of a block, with the tensors that it returned
 
-    blocks: list[nn.Module]
-    calls: list[tuple[nn.Module, list[_Output]]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for block in self.blocks:
-            block.forward = self._cut_behind(block, block.forward)
+@contextmanager
+def _cut(blocks: Iterable[nn.Module]) -> Iterator[Calls]:
+    """Cuts the graph behind every block inside; gives the list that calls are appended to."""
+    calls: Calls = []
+    anchor = torch.zeros((), requires_grad=True)
 
-    def _cut_behind(self, block: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
-        anchor = torch.zeros((), requires_grad=True)
-
+    def cut(block: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            found = _run_repeatably(block, plain, args, kwargs)
             outputs: list[_Output] = []
 
-            def cut(tensor: torch.Tensor) -> torch.Tensor:
+            def restart(tensor: torch.Tensor) -> torch.Tensor:
                 if not tensor.requires_grad:
                     return tensor
                 outputs.append(_Output(get_gradient_edge(tensor), tensor.detach()))
                 return _Cut.apply(anchor, outputs[-1])
 
-            found = tree_map_only(torch.Tensor, cut, found)
-            self.calls.append((block, outputs))
+            found = tree_map_only(torch.Tensor, restart, _run_repeatably(block, plain, args, kwargs))
+            calls.append((block, outputs))
             return found
 
         return forward
+
+    plain = [(block, block.forward) for block in blocks]
+    try:
+        for block, forward in plain:
+            block.forward = cut(block, forward)
+        yield calls
+    finally:
+        for block, forward in plain:
+            block.forward = forward
 
 
 def _run_repeatably(block: nn.Module, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -231,25 +263,30 @@ def _block_by_block(
     runs when, as long as what uses a value runs before what made it; hence also ``retain_graph``: what two blocks
     share outside of both runs twice, each time for another part of the gradient.
     """
-    cuts = _Cuts(list(_blocks(model)))
-    calls: list[list[tuple[nn.Module, list[_Output]]]] = []
-    for batch in batches:
-        cuts.calls = []
-        _backward(run(batch), retain_graph=True)
-        calls.append(cuts.calls)
+    calls: list[Calls] = []
+    with _cut(_blocks(model)) as of_batch:
+        for sums.batch, batch in enumerate(batches):
+            _backward(run(batch), retain_graph=True)
+            calls.append(of_batch.copy())
+            of_batch.clear()
     first_call: dict[nn.Module, int] = {}
     for of_batch in calls:
         for place, (block, _) in enumerate(of_batch):
             first_call[block] = min(place, first_call.get(block, place))
     complete_after = _complete_after(model, first_call)
     for place in reversed(range(max(map(len, calls)))):
-        for of_batch in calls:
+        for sums.batch, of_batch in enumerate(calls):
             if len(of_batch) > place:
                 outputs = [output for output in of_batch.pop()[1] if output.gradient is not None]
                 edges, gradients = [o.made_by for o in outputs], [o.gradient for o in outputs]
                 torch.autograd.backward(edges, gradients, retain_graph=True)  # type: ignore[arg-type]
         sums.finish(complete_after.get(place, ()))
     sums.finish_all()
+    if sums.in_parts:
+        sums.only_in_parts()
+        for sums.batch, batch in enumerate(batches):
+            _backward(run(batch))
+        sums.finish_all()
 
 
 def _complete_after(model: nn.Module, first_call: dict[nn.Module, int]) -> dict[int, list[nn.Parameter]]:
