@@ -54,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--samples", type=int, default=32, help="rows of calibration data (default 32)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
     prune.add_argument("--allocation", metavar="NAME", help="how the budget is spread: uniform, global, …")
+    prune.add_argument(
+        "--aggregation",
+        choices=("sum", "prod", "max", "last"),
+        default="sum",
+        help="how Taylor scores of the slices of a structure become one (default sum)",
+    )
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
     prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")
     prune.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="never prune these modules")
@@ -120,6 +126,7 @@ def _prune(options: argparse.Namespace) -> None:
             data=data,
             tokenizer=tokenizer,
             allocation=options.allocation,
+            aggregation=options.aggregation,
             round_to=options.round_to,
             include=options.include,
             exclude=options.exclude,

@@ -22,6 +22,7 @@ from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.passes.replay_plan import replay_plan
+from graphprune.passes.score.taylor import AGGREGATIONS
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
 from graphprune.trace.skeleton import names
@@ -37,6 +38,7 @@ def compile(
     example_inputs: Any = None,
     plan: Plan | None = None,
     allocation: str | Mapping[str, float] | None = None,
+    aggregation: str = "sum",
     passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
@@ -65,8 +67,9 @@ def compile(
             is made real: the result is a smaller meta model.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
         method: how structures are chosen (:mod:`graphprune.passes.methods`). ``"wanda-sp"`` (the default), ``"flap"``
-            and ``"slimgpt"`` look at what runs through the model, ``"magnitude"`` only at its weights; the name of a
-            criterion (``"l1"``, ``"l2"``, ``"random"``, …) by itself shrinks all axes by the same share.
+            and ``"slimgpt"`` look at what runs through the model, ``"llm-pruner"`` at gradients, ``"magnitude"`` only
+            at weights; the name of a criterion (``"l1"``, ``"random"``, ``"taylor-mixed"``, …) by itself shrinks all
+            axes by the same share.
         data: what scores that look at activations or gradients run through the model. Sampled, into ``samples`` rows:
 
             - a text or a list of texts, or paths of ``.txt`` and ``.jsonl`` files (field ``text``), with ``tokenizer``;
@@ -93,6 +96,8 @@ def compile(
             axes of few indices keep all until the rest has lost half), ``"log-increasing"`` (SlimGPT's ratio, growing
             with depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one
             another.
+        aggregation: how the Taylor scores of the slices of a structure (one per parameter dimension that it owns)
+            become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"``, those of the operator that runs last.
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
@@ -123,13 +128,14 @@ def compile(
         GraphPruneError: for anything the user can act on; the model is then as it was.
     """
     start = time.perf_counter()
-    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, emit, inplace)
+    _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, aggregation, emit, inplace)
     options = Options(
         ratio=ratio,
         method=method,
         data=data,
         tokenizer=tokenizer,
         allocation=allocation,
+        aggregation=aggregation,
         round_to=round_to,
         include=[include] if isinstance(include, str) else list(include),
         exclude=[exclude] if isinstance(exclude, str) else list(exclude),
@@ -227,6 +233,7 @@ def _check_arguments(
     round_to: int,
     skip_first: int,
     skip_last: int,
+    aggregation: str,
     emit: str,
     inplace: bool,
 ) -> None:
@@ -242,6 +249,8 @@ def _check_arguments(
         )
     if round_to < 1:
         raise GraphPruneError(f"round_to must be at least 1, not {round_to}.")
+    if aggregation not in AGGREGATIONS:
+        raise GraphPruneError(f"aggregation is one of {', '.join(AGGREGATIONS)}, not {aggregation!r}.")
     if emit not in ("module", "graph"):
         raise GraphPruneError(f"emit is 'module' (the same class) or 'graph' (a torch.fx.GraphModule), not {emit!r}.")
     if emit == "graph" and inplace:

@@ -15,6 +15,7 @@ DEFAULT_METHOD = "wanda-sp"
 
 METHODS: dict[str, tuple[Pass, ...]] = {
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
+    "llm-pruner": (score_by("taylor-first"), allocate_budget("sparing"), select_structures),
     "wanda-sp": (
         allocate_budget("sparing", criterion="wanda-sp"),
         prune_by_moments(cuts.wanda, otherwise="wanda-sp"),

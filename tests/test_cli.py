@@ -107,6 +107,19 @@ def test_pruning_a_pruned_folder_again(folder, tmp_path):
     assert sizes[1] < 0.85 * sizes[0]
 
 
+def test_how_slices_are_aggregated_reaches_the_compiler(folder, tmp_path, monkeypatch):
+    seen = {}
+
+    def compile(*args, **options):
+        seen.update(options)
+        raise graphprune.GraphPruneError("enough")
+
+    monkeypatch.setattr(graphprune, "compile", compile)
+    out = ["-o", str(tmp_path / "small")]
+    assert main(["prune", str(folder), "--ratio", "0.2", "--method", "llm-pruner", "--aggregation", "max", *out]) == 1
+    assert (seen["method"], seen["aggregation"]) == ("llm-pruner", "max")
+
+
 def test_inspect(folder, capsys):
     assert main(["inspect", str(folder)]) == 0
     printed = capsys.readouterr().out

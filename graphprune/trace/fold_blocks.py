@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx.traceback as fx_traceback
@@ -387,7 +387,7 @@ def _attribute(value: Any) -> Any:
 def _count_noticeably(skeleton: nn.Module, run: Run) -> None:
     """Make a :class:`Counter` of every integer that numbers equal blocks."""
     for block in map(skeleton.get_submodule, run.paths):
-        inside = dict(block.named_modules())
+        inside: dict[str, Any] = dict(block.named_modules())
         for path, name in run.counting:
             if path in inside:  # of an outline only the block itself
                 vars(inside[path])[name] = Counter(vars(inside[path])[name])
@@ -491,7 +491,7 @@ def _copied(
         # Not graph.node_copy, nor with the arguments at once: torch would look for symbolic numbers among them.
         node = made[source] = graph.create_node(source.op, source.target, name=source.name)
         if source.target is torch.ops.graphprune.enter.default:
-            tensors = list(source.args[0])
+            tensors: list[Any] = list(cast("Any", source.args[0]))
             for place, tensor in zip(repeat.places, changed, strict=True):
                 tensors[place] = tensor
             node.args = (tensors, path)

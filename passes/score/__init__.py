@@ -1,6 +1,6 @@
 """Importance: each criterion is one small file over removal structures."""
 
-from graphprune.passes.score import flap, magnitude, random, wanda_sp
+from graphprune.passes.score import flap, magnitude, random, taylor, wanda_sp
 from graphprune.passes.score.registry import (
     Criterion,
     Scores,
@@ -10,6 +10,7 @@ from graphprune.passes.score.registry import (
     criterion_names,
     score_by,
     scores_of,
+    slice_sums,
 )
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "random",
     "score_by",
     "scores_of",
+    "slice_sums",
+    "taylor",
     "wanda_sp",
 ]

@@ -49,19 +49,28 @@ def add_positions(
 ) -> None:
     """:func:`add_to` for dimension ``dim`` of a tensor, with a score per outer index for the ragged leaves below it.
 
+    ``sums`` is that of :func:`slice_sums`.
+    """
+    for leaf, share in slice_sums(program, dims, dim, sums).items():
+        scores[leaf] = scores[leaf] + share if leaf in scores else share
+
+
+def slice_sums(program: Program, dims: Dims, dim: int, sums: Callable[[set[int]], torch.Tensor]) -> Scores:
+    """What the slices of dimension ``dim`` of a tensor sum up to, for every leaf below it; float32 on the CPU.
+
     ``sums(dimensions)`` gives the values of all positions along some dimensions, summed over all others, which stay
-    with size 1.
+    with size 1. A leaf that occurs twice below the dimension has one slice there.
     """
     ragged = program.ragged_axes()
+    found: Scores = {}
     shares = reduce_to_leaves(dims[dim], sums({dim}).flatten().float().cpu())
     for leaf, share in shares:
-        outer = ragged.get(leaf)
-        if outer is None:
-            scores[leaf] = scores[leaf] + share if leaf in scores else share
+        if leaf not in ragged:
+            found[leaf] = found[leaf] + share if leaf in found else share
     for leaf in {leaf for leaf, _ in shares} & ragged.keys():
         above = next(d for d in (dim, *range(len(dims))) if ragged[leaf] in leaves(dims[d]))
-        share = sum_by_pair(dims, dim, leaf, ragged[leaf], sums({dim, above}).float().cpu())
-        scores[leaf] = scores[leaf] + share if leaf in scores else share
+        found[leaf] = sum_by_pair(dims, dim, leaf, ragged[leaf], sums({dim, above}).float().cpu())
+    return found
 
 
 def scores_of(program: Program, name: str, groups: Iterable[NodeGroup]) -> dict[str, torch.Tensor]:
