@@ -228,7 +228,7 @@ def test_options_that_make_no_sense_are_refused(option: dict[str, Any], message:
     model = mlp()
     unchanged = snapshot(model)
     with pytest.raises(GraphPruneError, match=message):
-        graphprune.compile(model, 0.2, method="magnitude", example_inputs=X, **option)
+        graphprune.compile(model, 0.2, example_inputs=X, **option)
     unchanged()
 
 
