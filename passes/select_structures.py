@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from graphprune.ir import order
@@ -52,6 +53,6 @@ def _kept(removed: torch.Tensor, size: int) -> torch.Tensor:
     """What is left of ``range(size)``; of several rows of removed indices, row by row."""
     if removed.ndim == 2:
         return torch.stack([_kept(row, size) for row in removed])
-    kept = torch.ones(size, dtype=torch.bool)
-    kept[removed] = False
-    return kept.nonzero().flatten()
+    kept = np.ones(size, dtype=bool)  # NumPy does this several times sooner than torch
+    kept[removed.numpy()] = False
+    return torch.from_numpy(kept.nonzero()[0])
