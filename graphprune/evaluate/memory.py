@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import subprocess
 import sys
@@ -33,18 +35,20 @@ def peak_memory(model: nn.Module, *, batch: int = 1, prompt: int = 128) -> int:
     before = torch.cuda.memory_allocated(device)
     with eval_mode(model):
         step(model, ids)
-    own = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(model)}
-    return torch.cuda.max_memory_allocated(device) - before + sum(own.values())
+    return _own_bytes(model) + torch.cuda.max_memory_allocated(device) - before
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _own_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, memory that is shared once."""
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak_memory_of(name: str, *, batch: int = 1, prompt: int = 128, dtype: torch.dtype | None = None) -> int:
-    """Bytes of main memory at the peak of one prefill on the CPU, over a process that has imported everything.
+    """Bytes of main memory at the peak of one prefill on the CPU: the model's tensors and what the forward allocates.
 
-    Resident memory of a fresh process, so that nothing else is counted; what loading took for a moment is not.
+    The latter is how far the resident memory of a fresh process rises; neither what loading took for a moment nor
+    Python and its libraries (some 500 MB) are in it.
 
     Args:
         name: what :func:`graphprune.io.models.load_model` takes. dtype: of the weights; as stored by default.
@@ -71,18 +75,26 @@ def _child(name: str, batch: str, prompt: str, dtype: str) -> None:
     from graphprune.io.models import load_model
 
     transformers.logging.set_verbosity_error()
-    before = _kilobytes("VmRSS")
     try:
         model, _ = load_model(name, dtype=getattr(torch, dtype) if dtype else None)
         check_language_model(model, int(prompt))
         ids = random_prompt(model, int(batch), int(prompt))
     except GraphPruneError as error:
         sys.exit(str(error))
-    gc.collect()
-    _CLEAR.write_text("5")  # the peak is from now on
     with eval_mode(model):
+        step(model, ids[:1, :1])  # reads every weight from disk that loading only mapped, and imports what it needs
+        _give_back_freed()
+        _CLEAR.write_text("5")  # the peak is from now on
+        before = _kilobytes("VmRSS")
         step(model, ids)
-    print(1024 * (_kilobytes("VmHWM") - before))
+    print(_own_bytes(model) + 1024 * (_kilobytes("VmHWM") - before))
+
+
+def _give_back_freed() -> None:
+    """What loading has freed would be used by the forward without a rise; glibc keeps it unless it is told."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kilobytes(field: str) -> int:

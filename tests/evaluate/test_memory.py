@@ -8,7 +8,7 @@ from graphprune.evaluate import memory, parameter_bytes, peak_memory, peak_memor
 
 
 def test_weights_and_cache_are_in_the_peak(tmp_path):
-    """40 MB of weights; 64 rows of 256 tokens have 67 MB of keys and values in two layers."""
+    """43 MB of weights; 64 rows of 256 tokens have 67 MB of keys and values in two layers."""
     config = LlamaConfig(
         hidden_size=256,
         intermediate_size=64,
@@ -22,9 +22,9 @@ def test_weights_and_cache_are_in_the_peak(tmp_path):
     model.save_pretrained(tmp_path / "model")
     small = peak_memory_of(str(tmp_path / "model"), prompt=8)
     large = peak_memory_of(str(tmp_path / "model"), batch=64, prompt=256)
-    assert small > parameter_bytes(model)
-    assert large - small > 2 * 2 * 64 * 256 * 256 * 4
-    assert large < 64 * 256 * 40_000 * 4 / 4  # logits of all positions alone would take four times that
+    cache = 2 * 2 * 64 * 256 * 256 * 4
+    assert parameter_bytes(model) < small < 1.5 * parameter_bytes(model)  # the libraries alone are ten times that
+    assert cache < large - small < 8 * cache
 
 
 def test_errors(model, tmp_path, monkeypatch):
