@@ -7,7 +7,7 @@ OUT ?= out/smollm2-pruned
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow fuzz lint coverage bench setup clean
+.PHONY: demo test test-slow fuzz lint coverage bench quality setup clean
 
 demo: setup $(MODEL)
 	rm -rf $(OUT)
@@ -38,6 +38,13 @@ bench: setup
 	$(BIN)/pip install -q --no-deps torch-pruning==1.6.1
 	$(BIN)/python tools/bench_compile.py
 	$(BIN)/python tools/bench_depth.py
+
+# Hours on a CPU; the same command goes on where it was stopped. DATA: see tools/bench_quality.py. QUALITY: more options.
+DATA ?= data
+QUALITY ?=
+quality: setup $(MODEL)
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps torch-pruning==1.6.1 optipfair==0.4.2
+	$(BIN)/python tools/bench_quality.py $(MODEL) --data $(DATA) -o out/quality.md $(QUALITY)
 
 setup: $(VENV)/.installed
 

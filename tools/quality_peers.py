@@ -82,7 +82,7 @@ def _torch_pruning(model: Any, ratio: float, importance: Any, setting: Setting) 
 
 
 def optipfair(model: Any, ratio: float, rows: torch.Tensor, setting: Setting) -> nn.Module:
-    """Scores of the gate and up projections alone; ``neuron_selection_method`` is one of its own."""
+    """Peak-to-peak magnitude of the gate and up projections alone; or another ``neuron_selection_method``."""
     return _optipfair(model, ratio, None, setting)
 
 
