@@ -17,7 +17,7 @@ _EXAMPLES = """examples:
   graphprune prune model.gguf --ratio 0.2 -o smaller --method slimgpt --data text.txt
   graphprune prune some-org/some-model --ratio 0.3 -o smaller --include '*.mlp' --round-to 64
 """
-_DATA = "calibration texts: .txt or .jsonl files (field 'text'), or 'random' (default), or 'sampled' from the model"
+_DATA = "calibration texts: .txt or .jsonl files (field 'text'), or 'snippets' (default), 'sampled', or 'random'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
     prune.add_argument("--method", default="wanda-sp", help="wanda-sp (default), flap, slimgpt, magnitude, random, …")
     prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
-    prune.add_argument("--samples", type=int, default=32, help="rows of calibration data (default 32)")
+    prune.add_argument("--samples", type=int, help="rows of calibration data (default 32; 8 of snippets)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
     prune.add_argument("--allocation", metavar="NAME", help="how the budget is spread: uniform, global, …")
     prune.add_argument(
@@ -100,7 +100,7 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.data.calibration import read_texts
+    from graphprune.data.calibration import MADE, read_texts
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
@@ -110,7 +110,7 @@ def _prune(options: argparse.Namespace) -> None:
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
     plan = graphprune.Plan.from_json(_read(options.plan)) if options.plan else None
-    made = options.data in (["random"], ["sampled"])
+    made = options.data in [[name] for name in MADE]
     data = options.data[0] if made else read_texts(options.data) if options.data else None
     console = Console(stderr=True)
     with console.status(f"loading {options.model}") as status:

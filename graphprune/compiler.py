@@ -48,7 +48,7 @@ def compile(
     inner_axes: bool = False,
     width: bool = False,
     experts: bool = False,
-    samples: int = 32,
+    samples: int | None = None,
     length: int = 128,
     seed: int = 0,
     verify: bool = True,
@@ -83,9 +83,10 @@ def compile(
 
             Used as they are: an integer tensor of shape ``(rows, length)``, and a list of batches.
 
-            Made here: ``"random"`` (also when nothing is given), which is random tokens of the vocabulary or, for a
-            model that reads other things, random inputs in the shapes of its example inputs; ``"sampled"``, text that
-            a language model writes itself, which takes as long as generating it does.
+            Made here: ``"random"``, which is random tokens of the vocabulary or, for a model that reads other things,
+            random inputs in the shapes of its example inputs; ``"snippets"``, beginnings of 8 tokens that a language
+            model writes itself, joined; ``"sampled"``, whole rows that it writes, which takes as many steps as they are
+            long. When nothing is given, snippets of a model that generates, and random inputs for any other.
         tokenizer: turns a text into ``{"input_ids": [...]}``.
         example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
             device of the model. Their batch and sequence sizes are best unlike any size in the model.
@@ -110,7 +111,8 @@ def compile(
             original it is compared with. It crosses all blocks, so sparing a block or excluding a module spares it.
         experts: also prune whole experts of mixtures: axes that a router chooses from. The router then never chooses
             a removed one, in the pruned model as in the original it is compared with. As many stay as it chooses.
-        samples, length, seed: rows of calibration data, tokens per row, and the seed of every draw.
+        samples, length, seed: rows of calibration data (by default 32, and 8 of snippets), tokens per row, and the seed
+            of every draw.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
         emit: ``"module"`` for the same class, or ``"graph"`` for a :class:`torch.fx.GraphModule`, for models whose

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
+from graphprune.trace.quiet import collected_later
 
 
 @dataclass(frozen=True)
@@ -15,23 +17,27 @@ class Pass:
     """One compiler pass.
 
     ``requires`` and ``ensures`` are names of :class:`Program` fields: all required ones are set before ``run``, all
-    ensured ones after it.
+    ensured ones after it. One of ``analysis`` makes many small objects that stay, and none that is large: Python's
+    garbage collector, for which every one is one more to search, rests meanwhile.
     """
 
     name: str
     run: Callable[[Program], None]
     requires: tuple[str, ...]
     ensures: tuple[str, ...]
+    analysis: bool = False
 
     def __call__(self, program: Program) -> None:
         self.run(program)
 
 
-def compiler_pass(*, requires: Sequence[str] = (), ensures: Sequence[str] = ()) -> Callable[..., Pass]:
+def compiler_pass(
+    *, requires: Sequence[str] = (), ensures: Sequence[str] = (), analysis: bool = False
+) -> Callable[..., Pass]:
     """Make a pass of a function; its name is the function's."""
 
     def make(function: Callable[[Program], None]) -> Pass:
-        return Pass(function.__name__, function, tuple(requires), tuple(ensures))
+        return Pass(function.__name__, function, tuple(requires), tuple(ensures), analysis)
 
     return make
 
@@ -52,7 +58,8 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> dict[str, float]:
             program.progress(step.name)
         start = time.perf_counter()
         try:
-            step(program)
+            with collected_later() if step.analysis else nullcontext():
+                step(program)
         except GraphPruneError:
             raise
         except Exception as error:

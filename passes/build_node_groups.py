@@ -13,7 +13,7 @@ from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims
 
 
-@compiler_pass(requires=("axes", "attributes"), ensures=("groups",))
+@compiler_pass(requires=("axes", "attributes"), ensures=("groups",), analysis=True)
 def build_node_groups(program: Program) -> None:
     """One group per leaf axis that a parameter or buffer lies on, in the order of the parameters.
 

@@ -32,7 +32,7 @@ from graphprune.rules.registry import Dims
 Leaves = set[Axis]
 
 
-@compiler_pass(requires=("groups", "axes"), ensures=("ragged",))
+@compiler_pass(requires=("groups", "axes"), ensures=("ragged",), analysis=True)
 def find_ragged_axes(program: Program) -> None:
     """Group → the group that it is ragged under, when inner axes are to be pruned; nothing otherwise."""
     program.ragged = ragged_axes(program) if program.options.inner_axes else {}

@@ -10,7 +10,7 @@ from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes.base import compiler_pass
 
 
-@compiler_pass(requires=("groups",), ensures=("prunable", "skipped"))
+@compiler_pass(requires=("groups",), ensures=("prunable", "skipped"), analysis=True)
 def find_removal_structures(program: Program) -> None:
     """A removal structure is one index of one prunable group, with every slice it owns in every parameter.
 

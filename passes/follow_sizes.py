@@ -8,7 +8,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 
 
-@compiler_pass(requires=("plan", "attributes"), ensures=("new_attributes",))
+@compiler_pass(requires=("plan", "attributes"), ensures=("new_attributes",), analysis=True)
 def follow_sizes(program: Program) -> None:
     """Evaluate every attribute's polynomial at the sizes that the plan leaves."""
     selection = program.selection()

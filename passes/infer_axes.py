@@ -27,14 +27,13 @@ from graphprune.rules.registry import (
 )
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
-from graphprune.trace.quiet import collected_later
 from graphprune.trace.skeleton import names
 
 # What a rule may raise when it meets a form of its operator that it cannot read; the operator then counts as unknown.
 _UNREADABLE = (TypeError, ValueError, IndexError, KeyError, AttributeError, Misaligned)
 
 
-@compiler_pass(requires=("trace",), ensures=("axes",))
+@compiler_pass(requires=("trace",), ensures=("axes",), analysis=True)
 def infer_axes(program: Program) -> None:
     """Run every operator's rule; pin inputs, outputs, constants, and all that an operator without a rule touches."""
     found: Trace = program.need("trace")
@@ -43,14 +42,13 @@ def infer_axes(program: Program) -> None:
     for name in canonical:
         if (reason := found.opaque.hides(name)) is not None:
             _pin_all(tensors[canonical[name]], Pin(f"inside a module that cannot be traced: {reason}"))
-    with collected_later():
-        for node in found.graph.nodes:
-            if node.op == "placeholder":
-                axes.values[node] = _placeholder(found, axes, node)
-            elif node.op == "call_function":
-                axes.values[node] = _call(found, axes, node, program.options)
-            elif node.op == "get_attr":  # an object that some operator takes, no tensor
-                axes.values[node] = None
+    for node in found.graph.nodes:
+        if node.op == "placeholder":
+            axes.values[node] = _placeholder(found, axes, node)
+        elif node.op == "call_function":
+            axes.values[node] = _call(found, axes, node, program.options)
+        elif node.op == "get_attr":  # an object that some operator takes, no tensor
+            axes.values[node] = None
     for name, node in found.rebound.items():
         for axis, other in zip(tensors[canonical[name]], axes.values[node], strict=True):
             unify(axis, other)

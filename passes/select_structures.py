@@ -12,7 +12,7 @@ from graphprune.passes.base import compiler_pass
 from graphprune.passes.budget import ParameterCounter
 
 
-@compiler_pass(requires=("scores", "counts"), ensures=("plan",))
+@compiler_pass(requires=("scores", "counts"), ensures=("plan",), analysis=True)
 def select_structures(program: Program) -> None:
     """Remove the ``counts`` structures of the smallest score of every group; ties keep the order of the model."""
     counts, scores = program.need("counts"), program.need("scores")

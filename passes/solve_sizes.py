@@ -20,7 +20,7 @@ Solution = dict[Attribute, Polynomial]
 _COMPARISONS = ("==", "<", "<=")
 
 
-@compiler_pass(requires=("axes",), ensures=("attributes",))
+@compiler_pass(requires=("axes",), ensures=("attributes",), analysis=True)
 def solve_sizes(program: Program) -> None:
     """Give every used attribute its polynomial; pin whatever would make two uses disagree. Runs to a fixed point."""
     solver = _Solver(program)

@@ -6,13 +6,11 @@ from graphprune.ir.program import Program
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.emit_graph import state_scales
 from graphprune.trace.export import trace
-from graphprune.trace.quiet import collected_later
 
 
-@compiler_pass(ensures=("trace",))
+@compiler_pass(ensures=("trace",), analysis=True)
 def trace_model(program: Program) -> None:
     """Export the model to ATen operators; see :func:`graphprune.trace.export.trace`."""
-    with collected_later():
-        program.trace = trace(program.model, program.inputs)
+    program.trace = trace(program.model, program.inputs)
     if program.options.emit == "graph":
         state_scales(program.trace)

@@ -149,9 +149,9 @@ def test_errors_are_one_line_and_nothing_is_written(folder, tmp_path, capsys, ar
 
 
 def test_calibration_on_what_the_model_writes(folder, tmp_path):
-    """--data takes words for inputs that are made; without it they are random."""
+    """--data takes words for inputs that are made; without it the model writes snippets."""
     plans = []
-    for data in ([], ["--data", "random"], ["--data", "sampled"]):
+    for data in ([], ["--data", "snippets"], ["--data", "sampled"]):
         out = tmp_path / f"small{len(plans)}"
         arguments = ["--ratio", "0.3", "--method", "wanda-sp", "--samples", "4", "--length", "9", *data]
         assert main(["prune", str(folder), "-o", str(out), *arguments]) == 0

@@ -92,8 +92,8 @@ OPEN: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "text_config": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 30, "vocab_size_per_layer_input": 0}
     },
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "autoformer": _FORECAST,
     "informer": _FORECAST,
     "time_series_transformer": _FORECAST,
@@ -103,7 +103,7 @@ OPEN: dict[str, dict[str, Any]] = {
     "table-transformer": _RESNET,
     "omdet-turbo": _RESNET,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,

@@ -18,7 +18,13 @@ from graphprune.data.forward_arguments import (
     known_tokens,
     parameter_names,
 )
-from graphprune.data.made_inputs import random_batches, sampled_batches
+from graphprune.data.made_inputs import (
+    made_batches,
+    random_batches,
+    rows_wanted,
+    sampled_batches,
+    snippet_batches,
+)
 from graphprune.data.texts import MANY, Say, is_path, read_texts, silent, text_of, token_rows, windows
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
@@ -31,8 +37,9 @@ Batch = dict[str, Any]
 ROWS_AT_ONCE = 4
 _TAKES = (
     "data= takes a list of texts, .txt or .jsonl paths, a datasets.Dataset, token tensors, a DataLoader or other "
-    "batches of tensors, 'random', or 'sampled'"
+    "batches of tensors, 'random', 'snippets', or 'sampled'"
 )
+MADE = {"random": random_batches, "snippets": snippet_batches, "sampled": sampled_batches}  # by the model itself
 
 
 def calibration_batches(program: Program) -> list[Batch]:
@@ -52,10 +59,10 @@ def calibration_batches(program: Program) -> list[Batch]:
 
 def _batches(program: Program) -> Iterable[Batch]:
     data = program.options.data
-    if data is None or (isinstance(data, str) and data == "random"):
-        return random_batches(program)
-    if isinstance(data, str) and data == "sampled":
-        return sampled_batches(program)
+    if data is None:
+        return made_batches(program)
+    if isinstance(data, str) and data in MADE:
+        return MADE[data](program)
     if isinstance(data, torch.Tensor):
         return _of_stream(program, [data]) if _is_tokens(data) else _of_rows(program, data)
     if is_dataset(data):
@@ -74,7 +81,7 @@ def _gathered(program: Program, data: Any) -> Sequence[Any]:
         for item in data:
             items.append(item)
             rows += _rows(item)
-            if not isinstance(data, (list, tuple)) and (rows >= program.options.samples or len(items) >= MANY):
+            if not isinstance(data, (list, tuple)) and (rows >= rows_wanted(program) or len(items) >= MANY):
                 break
     except Exception as error:  # whatever the code of the user raises
         raise GraphPruneError(f"data= failed after {len(items)} items: {type(error).__name__}: {error}") from error
@@ -129,16 +136,15 @@ def _of_texts(program: Program, texts: Sequence[str]) -> Iterable[Batch]:
     options = program.options
     if options.tokenizer is None:
         raise GraphPruneError("data= holds texts: pass tokenizer= too.")
-    rows = token_rows(texts, options.tokenizer, options.samples, options.length, options.seed, _say(program))
+    rows = token_rows(texts, options.tokenizer, *_shape(program), _say(program))
     return _of_rows(program, rows)
 
 
 def _of_stream(program: Program, pieces: Sequence[Any]) -> Iterable[Batch]:
-    options = program.options
     empty = next((n for n, piece in enumerate(pieces) if not len(piece)), None)
     if empty is not None:
         raise GraphPruneError(f"Row {empty} of data= (counted from 0) is empty: leave it out.")
-    return _of_rows(program, windows(pieces, len(pieces), options.samples, options.length, options.seed))
+    return _of_rows(program, windows(pieces, len(pieces), *_shape(program)))
 
 
 def _of_rows(program: Program, rows: torch.Tensor, at_once: int = ROWS_AT_ONCE) -> Iterable[Batch]:
@@ -167,11 +173,11 @@ def _of_dataset(program: Program, data: Any) -> Iterable[Batch]:
         return _of_texts(program, _Texts(rows))
     if TOKENS in columns and len(columns) == 1:
         return _of_rows(program, windows(tokens_of(rows, options.seed), len(rows), *_shape(program)))
-    return batches_of(rows, columns, options.samples, options.seed, ROWS_AT_ONCE)
+    return batches_of(rows, columns, rows_wanted(program), options.seed, ROWS_AT_ONCE)
 
 
 def _shape(program: Program) -> tuple[int, int, int]:
-    return program.options.samples, program.options.length, program.options.seed
+    return rows_wanted(program), program.options.length, program.options.seed
 
 
 class _Texts(Sequence[str]):

@@ -2,6 +2,9 @@
 
 A model that writes its own calibration text: Williams, Chrysostomou and Aletras, Self-calibration for Language Model
 Quantization and Pruning (arXiv 2410.17170); from a random first token: Liu et al., LLM-QAT (arXiv 2305.17888).
+
+Generating text takes as many steps as it is long. Many short beginnings side by side take few, and joined into rows
+they calibrate as well as long texts do: that is what a call without data gets.
 """
 
 from __future__ import annotations
@@ -26,6 +29,20 @@ Batch = dict[str, Any]
 _UNUSED_POSITIONS = 2
 _ROWS_AT_ONCE = 4
 _TEXTS_AT_ONCE = 32
+_SNIPPET = 8  # tokens of a beginning
+_SNIPPETS_AT_ONCE = 256
+SAMPLES = 32  # rows, where the user does not say how many
+_ROWS_OF_SNIPPETS = 8
+
+
+def made_batches(program: Program) -> list[Batch]:
+    """What a call without data calibrates on: snippets where the model writes some, and random inputs elsewhere."""
+    if not _continues_text(program):
+        return random_batches(program)
+    try:
+        return snippet_batches(program)
+    except GraphPruneError:  # what it generates with is not what it was given, or cannot generate
+        return random_batches(program)
 
 
 def random_batches(program: Program) -> list[Batch]:
@@ -97,7 +114,12 @@ def _tokens_to_draw(program: Program) -> tuple[torch.Tensor, tuple[int, int]]:
     length = program.options.length
     if limit is not None:
         length = max(1, min(length, limit - _UNUSED_POSITIONS))
-    return tokens, (program.options.samples, length)
+    return tokens, (rows_wanted(program), length)
+
+
+def rows_wanted(program: Program) -> int:
+    """``options.samples``, or how many they are when the user leaves it open."""
+    return program.options.samples or SAMPLES
 
 
 def _draw(choice: torch.Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> torch.Tensor:
@@ -107,7 +129,7 @@ def _draw(choice: torch.Tensor, shape: tuple[int, ...] | torch.Size, generator: 
 def _like_example(program: Program, example: Batch, generator: torch.Generator) -> list[Batch]:
     """Batches in the shapes of the example, as many as reach ``samples`` items."""
     items = [value.shape[0] for value in example.values() if isinstance(value, torch.Tensor) and value.ndim]
-    how_many = math.ceil(program.options.samples / max(1, min(items, default=1)))
+    how_many = math.ceil(rows_wanted(program) / max(1, min(items, default=1)))
     make = _Like(program.model, generator)
     return [make(example) for _ in range(how_many)]
 
@@ -185,25 +207,53 @@ def sampled_batches(program: Program) -> list[Batch]:
 
     Raises :class:`GraphPruneError` for a model that does not continue text.
     """
-    model, options = program.model, program.options
-    example = _example(program)
-    name = first_tensor(example)
-    continues = hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()
-    if not continues or name != "input_ids" or not _reads_only_tokens(model, example) or "decoder_input_ids" in example:
+    _, (samples, length) = _text_to_write(program, "sampled")
+    return _in_batches(_written(program, samples, length, _TEXTS_AT_ONCE))
+
+
+def snippet_batches(program: Program) -> list[Batch]:
+    """``samples`` rows (by default 8) of ``length`` tokens, joined from beginnings of texts that the model writes.
+
+    Each is a random first token and 7 that follow, as in :func:`sampled_batches`.
+    """
+    _, (_, length) = _text_to_write(program, "snippets")
+    numbers = (program.options.samples or _ROWS_OF_SNIPPETS) * length
+    snippets = _written(program, math.ceil(numbers / _SNIPPET), _SNIPPET, _SNIPPETS_AT_ONCE)
+    return _in_batches(snippets.flatten()[:numbers].view(-1, length))
+
+
+def _in_batches(rows: torch.Tensor) -> list[Batch]:
+    return [{"input_ids": part} for part in rows.split(_ROWS_AT_ONCE)]
+
+
+def _text_to_write(program: Program, data: str) -> tuple[torch.Tensor, tuple[int, int]]:
+    if not _continues_text(program):
         raise GraphPruneError(
-            f"data='sampled' is for models that continue text, which {type(model).__name__} does not: "
+            f"data={data!r} is for models that continue text, which {type(program.model).__name__} does not: "
             "use data='random', or give data."
         )
-    tokens, (samples, length) = _tokens_to_draw(program)
-    generator = torch.Generator().manual_seed(options.seed)
-    starts = _draw(tokens, (samples, 1), generator).to(next(model.parameters()).device)
+    return _tokens_to_draw(program)
+
+
+def _continues_text(program: Program) -> bool:
+    model, example = program.model, _example(program)
+    generates = hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()
+    reads_text = first_tensor(example) == "input_ids" and _reads_only_tokens(model, example)
+    return generates and reads_text and "decoder_input_ids" not in example
+
+
+def _written(program: Program, count: int, length: int, at_once: int) -> torch.Tensor:
+    """``count`` texts of ``length`` tokens, int64."""
+    model, options = program.model, program.options
+    tokens, _ = _tokens_to_draw(program)
+    starts = _draw(tokens, (count, 1), torch.Generator().manual_seed(options.seed))
     scratch: Any = scratch_copy(model, program.need("trace").written)
-    rows: list[torch.Tensor] = []
+    texts: list[torch.Tensor] = []
     with torch.no_grad(), without_hooks(scratch), seeded(options.seed):
-        for done, part in enumerate(starts.split(_TEXTS_AT_ONCE)):
-            where = f"sampling texts {done * _TEXTS_AT_ONCE + 1} to {done * _TEXTS_AT_ONCE + len(part)} of {samples}"
-            rows += _continued(program, scratch, part, length, where).split(_ROWS_AT_ONCE)
-    return [{"input_ids": part} for part in rows]
+        for part in starts.to(next(model.parameters()).device).split(at_once):
+            where = f"sampling texts {len(texts) * at_once + 1} to {len(texts) * at_once + len(part)} of {count}"
+            texts.append(_continued(program, scratch, part, length, where))
+    return torch.cat(texts)
 
 
 def _continued(program: Program, model: Any, starts: torch.Tensor, length: int, where: str) -> torch.Tensor:
@@ -228,6 +278,6 @@ def _continued(program: Program, model: Any, starts: torch.Tensor, length: int, 
         )
     except REFUSALS as error:
         raise GraphPruneError(
-            f"data='sampled': {type(model).__name__}.generate failed ({type(error).__name__}: {error}). "
+            f"Sampling text: {type(model).__name__}.generate failed ({type(error).__name__}: {error}). "
             "Use data='random', or give data."
         ) from error

@@ -97,7 +97,7 @@ class Options:
     width: bool = False
     experts: bool = False
     seed: int = 0
-    samples: int = 32
+    samples: int | None = None
     length: int = 128
     verify: bool = True
     inplace: bool = False

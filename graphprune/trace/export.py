@@ -25,6 +25,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.trace.backends import use_portable
 from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, add_inputs, nobody_looks_inside, unroll
 from graphprune.trace.inputs import Inputs
+from graphprune.trace.loops import EveryIndex
 from graphprune.trace.opaque import CannotHide, Opaque, hide, offender
 from graphprune.trace.provenance import (
     META_KEY,
@@ -160,7 +161,7 @@ class _Entry(nn.Module):
         leaves = [next(given) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         held = names(self.model)
-        with self.recorder, self.reads.replayed_in(self.model), nobody_looks_inside():
+        with self.recorder, self.reads.replayed_in(self.model), EveryIndex(), nobody_looks_inside():
             out = self.model(*args, **kwargs)
         found = output_tensors(out)
         self.returned.spec, self.returned.leaves = _structure(out, found)
@@ -248,7 +249,8 @@ def _hide_offender(model: nn.Module, inputs: Inputs, skeleton: nn.Module, hidden
 
 def _has_unknown_numbers(graph: fx.Graph) -> bool:
     """Whether a number or a size follows from what is in a tensor: no rule can tell what it is."""
-    return any(free_unbacked_symbols(node.meta.get("val")) for node in graph.nodes if node.op == "call_function")
+    values = {id(value := n.meta.get("val")): value for n in graph.nodes if n.op == "call_function"}  # equal in copies
+    return any(map(free_unbacked_symbols, values.values()))
 
 
 def _unused(found: Trace, model: nn.Module, paths: set[str]) -> list[str]:

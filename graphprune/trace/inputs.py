@@ -136,10 +136,10 @@ def _wanted(ask: _Ask) -> list[str]:
         for part, tower in _TOWERS:
             if getattr(ask.config, f"{part}_config", None) is not None:
                 wanted |= {name for name in tower if name in known}
+        if "input_ids" in wanted and isinstance(getattr(ask.config, "image_size", None), int):
+            wanted |= {"pixel_values"} & set(known)
     for reader, companions in _COMPANIONS.items():
         wanted |= set(companions) & set(known) if reader in wanted else set()
-    if "input_ids" in wanted and isinstance(getattr(ask.config, "image_size", None), int):
-        wanted |= {"pixel_values"} & set(known)
     if getattr(ask.config, "encoder_hidden_size", None) is not None:
         wanted |= {"encoder_hidden_states"} & set(known)
     return [name for name in ask.parameters if name in wanted]

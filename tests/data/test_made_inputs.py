@@ -45,7 +45,7 @@ def joined(batches: list[dict[str, Any]], name: str = "input_ids") -> Tensor:
 
 
 def test_tokens_are_uniform_over_the_plain_ones() -> None:
-    tokens = joined(made(llama(), samples=100, length=40))
+    tokens = joined(made(llama(), data="random", samples=100, length=40))
     assert tokens.shape == (100, 40)
     counts = tokens.flatten().bincount(minlength=40)
     special = [0, 3, 7]
@@ -58,7 +58,7 @@ def test_tokens_are_uniform_over_the_plain_ones() -> None:
 
 def test_draws_follow_the_seed_and_no_generator_is_touched() -> None:
     model = llama()
-    for data in ("random", "sampled"):
+    for data in ("random", "snippets", "sampled"):
         programs = [analyse(model, data=data, samples=6, length=20, seed=seed) for seed in (1, 1, 2)]
         state = torch.get_rng_state()
         first, again, other = (joined(calibration_batches(program)) for program in programs)
@@ -67,8 +67,19 @@ def test_draws_follow_the_seed_and_no_generator_is_touched() -> None:
         assert not torch.equal(first, other)
 
 
-def test_no_data_is_random_data() -> None:
-    assert torch.equal(joined(made(llama())), joined(made(llama(), data="random")))
+def test_no_data_is_snippets_where_a_model_writes_and_random_data_elsewhere() -> None:
+    model = llama()
+    assert torch.equal(joined(made(model)), joined(made(model, data="snippets")))
+    bert = BertForMaskedLM(BertConfig(**SIZES, vocab_size=40)).eval()
+    assert torch.equal(joined(made(bert)), joined(made(bert, data="random")))
+    mute = llama()
+    mute.lm_head.weight.data.fill_(float("nan"))  # generate fails
+    assert torch.equal(joined(made(mute)), joined(made(mute, data="random")))
+
+
+def test_how_many_rows_there_are_when_nobody_says() -> None:
+    counted = {data: len(joined(made(llama(), data=data, samples=None))) for data in ("random", "snippets", "sampled")}
+    assert counted == {"random": 32, "snippets": 8, "sampled": 32}
 
 
 def test_a_row_is_no_longer_than_the_model() -> None:
@@ -226,6 +237,9 @@ def test_sampled_text_is_what_the_model_says() -> None:
         model.model.embed_tokens.weight.copy_(torch.eye(40))
         model.model.norm.weight.fill_(10)
         model.lm_head.weight.copy_(torch.eye(40).roll(1, 0))
+    snippets = joined(made(model, data="snippets", length=16)).view(-1, 8)
+    assert torch.equal(snippets[:, 1:], (snippets[:, :-1] + 1) % 40)
+    assert joined(made(model, data="snippets")).shape == (6, 20)  # the last snippet is cut
     tokens = joined(made(model, data="sampled"))
     assert tokens.shape == (6, 20)
     assert torch.equal(tokens[:, 1:], (tokens[:, :-1] + 1) % 40)  # also through the end of a text
@@ -274,7 +288,7 @@ def test_what_generate_raises_is_said() -> None:
         made(model, data="sampled")
 
 
-@pytest.mark.parametrize("data", [None, "random", "sampled"])
+@pytest.mark.parametrize("data", [None, "random", "snippets", "sampled"])
 def test_pruning_without_data(data: str | None) -> None:
     pruned = graphprune.compile(llama(), 0.1, method="wanda-sp", data=data, samples=4, length=8, include=["*.mlp"])
     assert graphprune.report(pruned).oracle_error <= 1e-4
