@@ -7,6 +7,7 @@ added to what the first matrix makes, of shape ``(out,)``, or None.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -36,14 +37,19 @@ MakeCut = Callable[[torch.Tensor], Cut]
 class ObsCut:
     """SlimGPT: the cheapest columns go, and the others adapt (:mod:`graphprune.passes.obs`)."""
 
-    def __init__(self, weight: torch.Tensor, damping: float, group: int | None, grouped_cholesky: bool):
+    def __init__(self, weight: torch.Tensor, damping: float, longest: float, group: int | None, grouped_cholesky: bool):
         self.weight = weight
         self.offset = None
-        self._damping, self._group, self._anew = damping, group, grouped_cholesky
+        self._damping, self._longest, self._group, self._anew = damping, longest, group, grouped_cholesky
         self._hessian = weight.new_zeros(len(weight), *[weight.shape[-1]] * 2)
         self._surgeon: Surgeon | None = None
 
     def see(self, seen: torch.Tensor) -> None:
+        if self._longest < math.inf and seen.numel():
+            lengths = torch.linalg.vector_norm(seen, dim=-1, keepdim=True)
+            most = self._longest * lengths.median(dim=1, keepdim=True).values
+            # Where most of what it sees is zero, as in a sparse mixture, there is no length to compare with.
+            seen = torch.where((lengths > most) & (most > 0), seen * (most / lengths), seen)
         self._hessian.baddbmm_(seen.mT, seen)
 
     def choose(self, blocks: torch.Tensor, count: int) -> torch.Tensor:

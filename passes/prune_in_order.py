@@ -30,11 +30,15 @@ from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
 
 
-def prune_by_obs(*, damping: float = 0.01, group: int | None = None, grouped_cholesky: bool = True) -> Pass:
+def prune_by_obs(
+    *, damping: float = 0.1, longest: float = 1.0, group: int | None = None, grouped_cholesky: bool = True
+) -> Pass:
     """A pass that removes ``counts`` structures of every group, the cheapest ones, and lets the rest adapt (SlimGPT).
 
     Args:
-        damping: share of the mean of the Hessian's diagonal that is added to it.
+        damping: share of the mean of the Hessian's diagonal that is added to it (the paper's is 0.01).
+        longest: of what a matrix sees, vectors longer than so many times the median of their batch count as if they
+            were that long, so that few tokens with massive activations do not decide for all; ``inf`` is the paper's.
         group: columns to remove at a time; by default many at first and few at the end (the paper's dynamic group
             size). Blocks of several columns, such as heads, go one at a time.
         grouped_cholesky: what a block costs is computed exactly and again after each removal; without, from the first
@@ -45,7 +49,7 @@ def prune_by_obs(*, damping: float = 0.01, group: int | None = None, grouped_cho
     Axes that cannot be decided so, since no weight that is seen consumes them or since they are ragged, go by the
     scores of FLAP's WIFN or, without one, of magnitude.
     """
-    return _in_order(lambda weight: ObsCut(weight, damping, group, grouped_cholesky), "flap-wifn")
+    return _in_order(lambda weight: ObsCut(weight, damping, longest, group, grouped_cholesky), "flap-wifn")
 
 
 def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = False) -> Pass:

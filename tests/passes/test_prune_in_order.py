@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,10 @@ from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.methods import passes_of
 from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.trace.skeleton import names
+
+
+# As the paper has it: little damping, and every vector as long as it is.
+PAPER = (allocate_budget("sparing"), prune_by_obs(damping=0.01, longest=math.inf))
 
 
 def batches(count: int = 12, *shape: int) -> list[dict[str, torch.Tensor]]:
@@ -48,7 +53,7 @@ def refit(weight: torch.Tensor, seen: torch.Tensor, kept: list[int]) -> torch.Te
 def test_each_matrix_adapts_to_what_the_pruned_ones_before_it_leave() -> None:
     model, data = chain(), batches()
     program = analyse(model, X, method="slimgpt", data=data, ratio=0.4)
-    run_passes(program, passes_of("slimgpt"))
+    run_passes(program, PAPER)
     kept = program.need("plan").keep
     x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
     first = kept["a.weight[0]"]
@@ -60,6 +65,24 @@ def test_each_matrix_adapts_to_what_the_pruned_ones_before_it_leave() -> None:
     assert torch.allclose(program.weight(model.b.weight)[:, first], b, atol=1e-4)
     assert torch.allclose(program.weight(model.c.weight)[:, kept["b.weight[0]"]], c, atol=1e-4)
     assert {id(model.b.weight), id(model.c.weight)} == set(program.updates)
+
+
+def test_long_vectors_count_as_if_they_were_of_median_length() -> None:
+    model, data = chain(), batches(1)
+    data[0]["x"][0, 0] *= 100
+    program = analyse(model, X, data=data, ratio=0.4)
+    run_passes(program, (allocate_budget("uniform"), prune_by_obs(damping=0.01, longest=2.0)))
+    kept = program.need("plan").keep["a.weight[0]"]
+    with torch.no_grad():
+        hidden = model.a(data[0]["x"]).relu().flatten(0, -2)
+        lengths = hidden.norm(dim=1)
+        most = 2 * lengths.median()
+        assert 0 < (lengths > most).sum() < 4
+        shorter = torch.where(lengths > most, most / lengths, 1.0)[:, None] * hidden
+    assert torch.allclose(program.weight(model.b.weight)[:, kept], refit(model.b.weight, shorter, kept), atol=1e-4)
+    zeros = cuts.ObsCut(torch.randn(1, 3, 4), 0.01, 1.0, None, True)
+    zeros.see(torch.tensor([[[0.0] * 4, [0.0] * 4, [1.0, 2.0, 3.0, 4.0]]]))  # most of it nothing: no length to go by
+    assert zeros._hessian[0, 0, 1] == 2
 
 
 def error(model: nn.Module, pruned: nn.Module, data: list[dict[str, torch.Tensor]]) -> float:
@@ -127,7 +150,7 @@ def test_every_expert_of_a_batch_adapts_by_itself() -> None:
     torch.manual_seed(0)
     model, data = Experts().eval(), batches(10, 4, 9, 6)
     program = analyse(model, {"x": torch.randn(4, 9, 6)}, method="slimgpt", data=data, ratio=0.3, inner_axes=False)
-    run_passes(program, passes_of("slimgpt"))
+    run_passes(program, PAPER)
     (kept,) = program.need("plan").keep.values()
     x = torch.cat([batch["x"] for batch in data], 1)
     with torch.no_grad():
@@ -155,7 +178,7 @@ def test_whoever_else_consumes_an_axis_makes_up_for_it(both: bool) -> None:
     model = randomise(Branches()).eval()
     data = [{**batch, "both": both} for batch in batches()]
     program = analyse(model, {"x": X}, method="slimgpt", data=data, ratio=0.3)
-    run_passes(program, passes_of("slimgpt"))
+    run_passes(program, PAPER)
     (kept,) = program.need("plan").keep.values()
     x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
     with torch.no_grad():
@@ -192,7 +215,9 @@ def test_a_tied_weight_is_pruned_but_does_not_adapt() -> None:
     assert set(program.updates) == {id(model.b.weight)}
 
 
-@pytest.mark.parametrize("options", [{"group": 3}, {"grouped_cholesky": False}, {"damping": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"group": 3}, {"grouped_cholesky": False}, {"damping": 1.0}, {"longest": math.inf}], ids=str
+)
 def test_its_knobs_are_arguments_of_the_pass(options: dict[str, Any]) -> None:
     own = (allocate_budget("uniform"), prune_by_obs(**options))
     pruned = graphprune.compile(toy(), 0.3, passes=own, data=batches(), example_inputs=X)
