@@ -18,7 +18,6 @@ from graphprune.passes.methods import passes_of
 from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.trace.skeleton import names
 
-
 # As the paper has it: little damping, and every vector as long as it is.
 PAPER = (allocate_budget("sparing"), prune_by_obs(damping=0.01, longest=math.inf))
 
