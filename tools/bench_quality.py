@@ -61,23 +61,18 @@ Setting = dict[str, Any]
 Result = dict[str, Any]
 
 _SPARED: Setting = {"skip_first": 3, "skip_last": 2}
-_FFN: Setting = {"include": ["*.mlp"]}
-OURS: tuple[Setting, ...] = ({**_FFN, **_SPARED}, _FFN, _SPARED)  # FFN channels; FFN channels; heads too
-
-
-def _with_and_without_sparing(*settings: Setting) -> tuple[Setting, ...]:
-    return tuple({**setting, **sparing} for setting in settings for sparing in (_SPARED, {}))
-
+# As the method spreads it by itself, which spares the outer blocks and the few heads; FFN channels of all blocks alike.
+OURS: tuple[Setting, ...] = ({}, {"include": ["*.mlp"], "allocation": "uniform"})
+_WITH_AND_WITHOUT_SPARING: tuple[Setting, ...] = (_SPARED, {})
 
 # What is tried for each method and package; a method that is not here gets OURS.
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     DENSE: ({},),
     BARE: ({},),
-    "flap": (*OURS, {**_FFN, **_SPARED, "allocation": "uniform"}),
-    "torch-pruning L2": _with_and_without_sparing({}, {"global_pruning": True}),
-    "torch-pruning Taylor": _with_and_without_sparing({}, {"global_pruning": True}),
-    "optipfair": _with_and_without_sparing({}),
-    "optipfair with data": _with_and_without_sparing({}),
+    "torch-pruning L2": _WITH_AND_WITHOUT_SPARING,
+    "torch-pruning Taylor": (*_WITH_AND_WITHOUT_SPARING, {"global_pruning": True}),
+    "optipfair": _WITH_AND_WITHOUT_SPARING,
+    "optipfair with data": _WITH_AND_WITHOUT_SPARING,
 }
 
 
