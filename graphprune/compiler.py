@@ -197,7 +197,10 @@ def _pipeline(program: Program, plan: Plan | None, passes: Sequence[Pass] | None
     options = program.options
     on_meta = any(parameter.is_meta for parameter in program.model.parameters())
     if on_meta and plan is None and passes is None and options.method != "random":
-        raise GraphPruneError("The model is on the meta device, so there is nothing to score: use method='random'.")
+        raise GraphPruneError(
+            "The model is on the meta device, or accelerate has offloaded part of it to there, so there is nothing to "
+            "score: load all of it (without an offloading device_map), or use method='random'."
+        )
     how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
     front = pipelines.plan(how)
     if options.emit == "graph":
