@@ -86,7 +86,8 @@ def compile(
             Made here: ``"random"``, which is random tokens of the vocabulary or, for a model that reads other things,
             random inputs in the shapes of its example inputs; ``"snippets"``, beginnings of 8 tokens that a language
             model writes itself, joined; ``"sampled"``, whole rows that it writes, which takes as many steps as they are
-            long. When nothing is given, snippets of a model that generates, and random inputs for any other.
+            long. When nothing is given, snippets of a model that generates, and random inputs for any other; that is
+            enough to choose by, but ``"slimgpt"`` adapts weights to what it sees and wants real data.
         tokenizer: turns a text into ``{"input_ids": [...]}``.
         example_inputs: small tensors that forward accepts: one tensor, a tuple of arguments, or a dict; moved to the
             device of the model. Their batch and sequence sizes are best unlike any size in the model.

@@ -72,6 +72,7 @@ BUILD means that no small model can be built or run from a config alone, REFUSED
 prune; both with the reason. WRONG, FORWARD and BUG would be errors of graphprune."""
 
 RATIO = 0.25
+METHOD = "random"
 SECONDS = 60  # of processor time, for one type
 MEMORY = 8 << 30  # bytes of address space beyond what the parent has
 _COMMON = ("llava.modeling_llava", "whisper.modeling_whisper", "clip.modeling_clip")  # these import what most need
@@ -134,7 +135,9 @@ def registered() -> dict[str, tuple[str, bool]]:
     return found
 
 
-def cover(model_type: str, cls_name: str, built: Callable[[Result], None] = lambda result: None) -> Result:
+def cover(
+    model_type: str, cls_name: str, built: Callable[[Result], None] = lambda result: None, method: str = METHOD
+) -> Result:
     """Build, compile and compare one type; never raises. ``built`` is told what is known before compiling."""
     out = Result(model_type, cls_name, "BUILD")
     try:
@@ -145,7 +148,7 @@ def cover(model_type: str, cls_name: str, built: Callable[[Result], None] = lamb
     out.parameters = sum(p.numel() for p in model.parameters())
     built(replace(out, status="REFUSED", reason=f"not done within {SECONDS} s"))
     try:
-        pruned = _compiled(model, inputs, out)
+        pruned = _compiled(model, inputs, out, method)
     except GraphPruneError as error:
         out.status, out.reason = _status_of(error), _line(error)
         if "cannot be reached" in out.reason:
@@ -170,11 +173,11 @@ REACH: dict[str, dict[str, bool]] = {
 }
 
 
-def _compiled(model: nn.Module, inputs: Any, out: Result) -> nn.Module:
+def _compiled(model: nn.Module, inputs: Any, out: Result, method: str) -> nn.Module:
     for out.axes, options in REACH.items():
         start = time.process_time()
         try:
-            pruned = graphprune.compile(model, RATIO, method="random", example_inputs=inputs, **options)
+            pruned = graphprune.compile(model, RATIO, method=method, example_inputs=inputs, **options)
         except GraphPruneError as error:
             if "cannot be reached" not in str(error) or out.axes == list(REACH)[-1]:
                 raise
@@ -299,7 +302,7 @@ def _line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", text)[:400] or type(error).__name__
 
 
-def _child(model_type: str, cls_name: str, to: Connection) -> None:
+def _child(model_type: str, cls_name: str, method: str, to: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -307,7 +310,7 @@ def _child(model_type: str, cls_name: str, to: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for the life of this process)
     try:
-        result = cover(model_type, cls_name, to.send)
+        result = cover(model_type, cls_name, to.send, method)
     except MemoryError:
         result = Result(model_type, cls_name, "BUILD", "needs more memory than this run gives one model")
     except Exception as error:  # noqa: BLE001  (whatever it is, it is the result)
@@ -331,7 +334,7 @@ class _Running:
         return replace(self.said, status="BUG", reason="its process died")
 
 
-def cover_all(types: dict[str, tuple[str, bool]], processes: int) -> Iterable[Result]:
+def cover_all(types: dict[str, tuple[str, bool]], processes: int, method: str = METHOD) -> Iterable[Result]:
     """Every type in a process of its own, forked from this one so that imports are paid once."""
     for name in _COMMON:
         importlib.import_module(f"transformers.models.{name}")
@@ -344,7 +347,7 @@ def cover_all(types: dict[str, tuple[str, bool]], processes: int) -> Iterable[Re
         while waiting and len(running) < processes:
             model_type, (cls_name, _) = waiting.pop(0)
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(model_type, cls_name, theirs), daemon=True)
+            process = context.Process(target=_child, args=(model_type, cls_name, method, theirs), daemon=True)
             process.start()
             theirs.close()
             running[mine] = _Running(process, Result(model_type, cls_name, "BUILD", f"not built within {SECONDS} s"))
@@ -395,6 +398,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", nargs="*", help="only these model types, to the terminal")
     parser.add_argument("--causal", action="store_true", help="only causal language models")
+    parser.add_argument("--method", default=METHOD, help="how structures are chosen (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--lines", type=Path, help="write every result there as it comes, as a line of JSON")
     parser.add_argument("--keep", type=Path, help="lines of an earlier run: what was OK there is not compiled again")
@@ -411,7 +415,7 @@ def main() -> int:
     todo = {name: value for name, value in types.items() if name not in done}
     start = time.perf_counter()
     results = [*kept]
-    for result in track(cover_all(todo, options.processes), total=len(todo), description="Compiling"):
+    for result in track(cover_all(todo, options.processes, options.method), total=len(todo), description="Compiling"):
         results.append(result)
         if options.lines:
             with options.lines.open("a") as out:

@@ -30,7 +30,7 @@ _UNUSED_POSITIONS = 2
 _ROWS_AT_ONCE = 4
 _TEXTS_AT_ONCE = 32
 _SNIPPET = 8  # tokens of a beginning
-_SNIPPETS_AT_ONCE = 256
+_SNIPPETS_AT_ONCE = 128
 SAMPLES = 32  # rows, where the user does not say how many
 _ROWS_OF_SNIPPETS = 8
 

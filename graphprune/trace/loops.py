@@ -22,7 +22,7 @@ class EveryIndex(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.unbind and id(args[0]) in self._found:
+        if func is torch.Tensor.unbind and args[1:] in ((), (0,)) and not kwargs and id(args[0]) in self._found:
             return tuple([index] for index in range(self._found[id(args[0])][1]))  # numbers: they may be part of a name
         out = func(*args, **kwargs)
         if func in (torch.nonzero, torch.Tensor.nonzero) and isinstance(out, torch.Tensor) and args[0].ndim == 1:
