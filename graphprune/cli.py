@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
-    prune.add_argument("--method", default="wanda-sp", help="wanda-sp (default), flap, slimgpt, magnitude, random, …")
+    prune.add_argument("--method", default="ppm", help="ppm (default), wanda-sp, flap, slimgpt, magnitude, random, …")
     prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
     prune.add_argument("--samples", type=int, help="rows of calibration data (default 32; 8 of snippets)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")

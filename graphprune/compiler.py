@@ -66,10 +66,10 @@ def compile(
         model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
             is made real: the result is a smaller meta model.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
-        method: how structures are chosen (:mod:`graphprune.passes.methods`). ``"wanda-sp"`` (the default), ``"flap"``
-            and ``"slimgpt"`` look at what runs through the model, ``"llm-pruner"`` at gradients, ``"magnitude"`` only
-            at weights; the name of a criterion (``"l1"``, ``"random"``, ``"taylor-mixed"``, …) by itself shrinks all
-            axes by the same share.
+        method: how structures are chosen (:mod:`graphprune.passes.methods`). ``"ppm"`` (the default), ``"wanda-sp"``,
+            ``"flap"`` and ``"slimgpt"`` look at what runs through the model, ``"llm-pruner"`` at gradients,
+            ``"magnitude"`` only at weights; the name of a criterion (``"l1"``, ``"random"``, ``"taylor-mixed"``, …) by
+            itself shrinks all axes by the same share.
         data: what scores that look at activations or gradients run through the model. Sampled, into ``samples`` rows:
 
             - a text or a list of texts, or paths of ``.txt`` and ``.jsonl`` files (field ``text``), with ``tokenizer``;

@@ -24,8 +24,11 @@ class Cut(Protocol):
     def see(self, seen: torch.Tensor) -> None:
         """``seen`` has shape ``(count, rows, columns)``, in the dtype of the matrices."""
 
-    def choose(self, blocks: torch.Tensor, count: int) -> torch.Tensor:
-        """Remove ``count`` of ``blocks``, int64 of shape ``(blocks, columns in each)``; their numbers, int64."""
+    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
+        """Remove ``count`` of ``blocks``, int64 of shape ``(blocks, columns in each)``; their numbers, int64.
+
+        ``times``, of shape ``(blocks,)``, is what their importance is multiplied by.
+        """
 
     def remove(self, columns: torch.Tensor) -> None:
         """Remove ``columns``, int64."""
@@ -52,12 +55,12 @@ class ObsCut:
             seen = torch.where((lengths > most) & (most > 0), seen * (most / lengths), seen)
         self._hessian.baddbmm_(seen.mT, seen)
 
-    def choose(self, blocks: torch.Tensor, count: int) -> torch.Tensor:
+    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
         if blocks.shape[1] > 1:
             groups = [1] * count
         else:
             groups = dynamic_groups(count) if self._group is None else fixed_groups(count, self._group)
-        return choose(self._ready(), blocks, groups, anew=self._anew)
+        return choose(self._ready(), blocks, groups, times, anew=self._anew)
 
     def remove(self, columns: torch.Tensor) -> None:
         self._ready().remove(columns)
@@ -88,12 +91,13 @@ class MomentCut:
         self._total += seen.sum(1, dtype=seen.dtype)
         self._squares += torch.linalg.vector_norm(seen, dim=1).double().square()
 
-    def choose(self, blocks: torch.Tensor, count: int) -> torch.Tensor:
+    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
         if not bool(torch.isfinite(self._squares).all()):
             raise GraphPruneError("the activations hold NaN or infinite values, or overflow")
         squares = self._squares / self._count if self._count else torch.ones_like(self._squares)
         importance = self._importance(self.weight, self._mean(), squares.to(self.weight.dtype)).sum(0)
-        gone = importance[blocks].sum(1).topk(count, largest=False).indices
+        of_blocks = importance[blocks].sum(1)
+        gone = (of_blocks if times is None else of_blocks * times).topk(count, largest=False).indices
         self.remove(blocks[gone].flatten())
         return gone
 
@@ -104,6 +108,11 @@ class MomentCut:
 
     def _mean(self) -> torch.Tensor:
         return (self._total / max(1, self._count)).to(self.weight.dtype)
+
+
+def norm(weight: torch.Tensor, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """``√(mean X_j²)``: what a column sees, whatever it makes of it."""
+    return square.sqrt()
 
 
 def wanda(weight: torch.Tensor, mean: torch.Tensor, square: torch.Tensor) -> torch.Tensor:

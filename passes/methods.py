@@ -10,12 +10,16 @@ from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
 
-# What a call without method= does: it keeps a model alive without any data, for one forward over random inputs.
-DEFAULT_METHOD = "wanda-sp"
+# What a call without method= does: it keeps a model alive without any data, for one forward over what it writes itself.
+DEFAULT_METHOD = "ppm"
 
 METHODS: dict[str, tuple[Pass, ...]] = {
     "magnitude": (score_by("l2"), allocate_budget("uniform"), select_structures),
     "llm-pruner": (score_by("taylor-first"), allocate_budget("sparing"), select_structures),
+    "ppm": (
+        allocate_budget("sparing", criterion="wanda-sp"),
+        prune_by_moments(cuts.norm, otherwise="wanda-sp", times="peak-to-peak"),
+    ),
     "wanda-sp": (
         allocate_budget("sparing", criterion="wanda-sp"),
         prune_by_moments(cuts.wanda, otherwise="wanda-sp"),

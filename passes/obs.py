@@ -91,19 +91,23 @@ def fixed_groups(count: int, size: int) -> list[int]:
     return [min(size, count - gone) for gone in range(0, count, size)]
 
 
-def choose(surgeon: Surgeon, blocks: torch.Tensor, groups: list[int], *, anew: bool = True) -> torch.Tensor:
+def choose(
+    surgeon: Surgeon, blocks: torch.Tensor, groups: list[int], times: torch.Tensor | None = None, *, anew: bool = True
+) -> torch.Tensor:
     """Remove the cheapest blocks, ``groups`` at a time, costs computed again in between; their numbers, int64.
 
-    Not ``anew``, all are chosen by their first costs, with columns taken for independent.
+    Costs are multiplied by ``times``, of shape ``(blocks,)``. Not ``anew``, all are chosen by their first costs, with
+    columns taken for independent.
     """
     left = torch.arange(len(blocks), device=blocks.device)
+    times = surgeon.weight.new_ones(len(blocks)) if times is None else times
     if not anew:
-        gone = surgeon.costs(blocks, within=False).topk(sum(groups), largest=False).indices
+        gone = (times * surgeon.costs(blocks, within=False)).topk(sum(groups), largest=False).indices
         surgeon.remove(blocks[gone].flatten())
         return gone
     taken = []
     for size in groups:
-        cheapest = surgeon.costs(blocks[left]).topk(size, largest=False).indices
+        cheapest = (times[left] * surgeon.costs(blocks[left])).topk(size, largest=False).indices
         taken.append(left[cheapest])
         surgeon.remove(blocks[taken[-1]].flatten())
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)

@@ -52,20 +52,24 @@ def prune_by_obs(
     return _in_order(lambda weight: ObsCut(weight, damping, longest, group, grouped_cholesky), "flap-wifn")
 
 
-def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = False) -> Pass:
+def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = False, times: str | None = None) -> Pass:
     """A pass that removes ``counts`` structures of every group, those of the least ``importance``, summed over columns.
 
+    ``times`` is a criterion that this is multiplied by: what all weights of a structure say, where ``importance`` only
+    knows the columns that consume it.
     With ``bias`` the bias of a consumer takes what the removed columns add on average (FLAP, Eq. 7): it is added to a
     bias that is there, and a plain linear layer without one gets one. Axes that cannot be decided so, since no weight
     that is seen consumes them or since they are ragged, go by the criterion ``otherwise`` or, without a score, by
     magnitude.
     """
-    return _in_order(lambda weight: MomentCut(weight, importance), otherwise, bias)
+    return _in_order(lambda weight: MomentCut(weight, importance), otherwise, bias, times)
 
 
-def _in_order(make: MakeCut, otherwise: str, bias: bool = False) -> Pass:
+def _in_order(make: MakeCut, otherwise: str, bias: bool = False, times: str | None = None) -> Pass:
     def run(program: Program) -> None:
-        operation = _Operation(program, make, bias)
+        counts = program.need("counts")
+        losing = [group for group in program.need("prunable") if counts.get(group.name)]
+        operation = _Operation(program, make, bias, scores_of(program, times, losing) if times else {})
         operation.run(calibration_batches(program))
         _by_scores(program, operation.removed, otherwise)
         make_plan(program, operation.removed)
@@ -109,6 +113,7 @@ class _Operation:
     program: Program
     make: MakeCut
     bias: bool
+    times: dict[str, torch.Tensor]
     removed: dict[str, torch.Tensor] = field(default_factory=dict)
     _sites: dict[int, _Site] = field(default_factory=dict)
 
@@ -202,7 +207,9 @@ class _Operation:
                 if group.name in self.removed:
                     cut.remove(blocks[self.removed[group.name].to(blocks.device)].flatten())
                 else:
-                    self.removed[group.name] = cut.choose(blocks, self.program.need("counts")[group.name]).cpu()
+                    count, times = self.program.need("counts")[group.name], self.times.get(group.name)
+                    times = None if times is None else times.to(cut.weight)
+                    self.removed[group.name] = cut.choose(blocks, count, times).cpu()
             except GraphPruneError as error:
                 raise GraphPruneError(f"{site.name} cannot be pruned: {error}. Nothing was changed.") from None
             gone[blocks[self.removed[group.name].to(blocks.device)].flatten()] = True

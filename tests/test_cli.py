@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import graphprune
-from graphprune.cli import main
+from graphprune.cli import _parser, main
+from graphprune.passes.methods import DEFAULT_METHOD
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,10 @@ def test_missing_models(tmp_path, capsys):
     (tmp_path / "file.bin").write_bytes(b"")
     assert main(["inspect", str(tmp_path / "file.bin")]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_default_method_is_that_of_compile():
+    assert _parser().parse_args(["prune", "x", "-o", "y"]).method == DEFAULT_METHOD
 
 
 def test_wrong_usage_exits_with_2():

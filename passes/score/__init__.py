@@ -1,6 +1,6 @@
 """Importance: each criterion is one small file over removal structures."""
 
-from graphprune.passes.score import flap, magnitude, random, taylor, wanda_sp
+from graphprune.passes.score import flap, magnitude, peak_to_peak, random, taylor, wanda_sp
 from graphprune.passes.score.registry import (
     Criterion,
     Scores,
@@ -22,6 +22,7 @@ __all__ = [
     "criterion_names",
     "flap",
     "magnitude",
+    "peak_to_peak",
     "random",
     "score_by",
     "scores_of",

@@ -188,7 +188,25 @@ def test_whoever_else_consumes_an_axis_makes_up_for_it(both: bool) -> None:
         assert torch.allclose(program.weight(linear.weight)[:, kept], wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["wanda-sp", "flap", "slimgpt"])
+def test_ppm_multiplies_what_columns_see_by_the_reach_of_all_weights() -> None:
+    model, data = chain(), batches(4)
+    program = analyse(model, X, data=data, ratio=0.4)
+    run_passes(program, (allocate_budget("uniform"), prune_by_moments(cuts.norm, otherwise="l2", times="peak-to-peak")))
+    x = torch.cat([batch["x"] for batch in data]).flatten(0, -2)
+    with torch.no_grad():
+        seen = model.a(x).relu().square().mean(0).sqrt()
+
+    def reach(weight: torch.Tensor) -> torch.Tensor:
+        found = weight.amax(1) - weight.amin(1)
+        return found / found.max()
+
+    importance = seen * (reach(model.a.weight.detach()) + reach(model.b.weight.detach().T))
+    count = program.need("counts")["a.weight[0]"]
+    gone = set(range(20)) - set(program.need("plan").keep["a.weight[0]"])
+    assert gone == set(importance.topk(count, largest=False).indices.tolist())
+
+
+@pytest.mark.parametrize("method", ["ppm", "wanda-sp", "flap", "slimgpt"])
 def test_what_no_weight_consumes_goes_by_its_size(method: str) -> None:
     class Turned(nn.Module):
         """Multiplies by a weight that it turns first, which nobody sees as a weight."""

@@ -95,6 +95,22 @@ def test_magnitude_sums_over_all_slices_of_a_structure(method: str, combine: Any
                 assert found[head].item() == pytest.approx(combine(of_head).item(), rel=1e-5)
 
 
+def test_peak_to_peak_sums_the_reach_of_the_slices_of_matrices() -> None:
+    net = model()
+    matrices = {name: p.detach() for name, p in net.named_parameters() if p.ndim > 1}
+    program = scored(net, method="peak-to-peak", inner_axes=False)
+    assert {g.size for g in program.need("prunable")} == {4, 10}
+    for group in program.need("prunable"):
+        for index in range(group.size):
+            wanted = 0.0
+            for name, dims in owned(program, group, index).items():
+                for dim, where in dims if name in matrices else ():
+                    other = matrices[name].movedim(dim, 0)
+                    reach = other.amax(1) - other.amin(1)
+                    wanted += float(reach[where].sum() / reach.max())
+            assert float(program.need("scores")[group.name][index]) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_head_owns_rows_biases_and_columns() -> None:
     program = scored(model(), method="l1")
     heads = next(g for g in program.need("prunable") if g.size == 4)
