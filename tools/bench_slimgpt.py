@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from rich.table import Table
 from torch import nn
 
 from graphprune.compiler import _program
+from graphprune.evaluate.memory import _CLEAR, _kilobytes
 from graphprune.io.models import load_model
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines, run_passes
@@ -98,19 +98,15 @@ def seconds_of(model: nn.Module, batches: Batches, ratio: float, repeats: int) -
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def peak() -> int:
-    """The most bytes this process ever had in memory."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def memory_of(model: nn.Module, batches: Batches, ratio: float) -> dict[str, int]:
     """Bytes: the peak of the passes over the loaded model, and the parts of what it may be."""
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.sum()  # a file that is only mapped would be read later
     program = planned(model, batches, ratio)
-    before = peak()
+    before = _kilobytes("VmRSS")
+    _CLEAR.write_text("5")  # the most that ever was is what is now
     run_passes(program, METHODS["slimgpt"])
-    over = peak() - before
+    over = 1024 * (_kilobytes("VmHWM") - before)
     block = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)[0]
     columns = [program.need("axes").tensors[n][d].size for n, d in consumed_in(program, model, block)]
     return {
