@@ -67,9 +67,7 @@ def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = Fal
 
 def _in_order(make: MakeCut, otherwise: str, bias: bool = False, times: str | None = None) -> Pass:
     def run(program: Program) -> None:
-        counts = program.need("counts")
-        losing = [group for group in program.need("prunable") if counts.get(group.name)]
-        operation = _Operation(program, make, bias, scores_of(program, times, losing) if times else {})
+        operation = _Operation(program, make, bias, scores_of(program, times, _losing(program)) if times else {})
         operation.run(calibration_batches(program))
         _by_scores(program, operation.removed, otherwise)
         make_plan(program, operation.removed)
@@ -78,10 +76,15 @@ def _in_order(make: MakeCut, otherwise: str, bias: bool = False, times: str | No
     return Pass("prune_in_order", run, requires=("counts",), ensures=("plan",))
 
 
+def _losing(program: Program) -> list[NodeGroup]:
+    """The groups that some structure goes of."""
+    return [group for group in program.need("prunable") if program.need("counts").get(group.name)]
+
+
 def _by_scores(program: Program, removed: dict[str, torch.Tensor], criterion: str) -> None:
     """Add to ``removed`` what goes of the groups that are not in it yet, by their scores."""
     for name in (criterion, "l2"):
-        left = [g for g in program.need("prunable") if program.need("counts").get(g.name) and g.name not in removed]
+        left = [group for group in _losing(program) if group.name not in removed]
         scores = scores_of(program, name, left) if left else {}
         for group, values in scores.items():
             removed[group] = in_order(values)[1][..., : program.need("counts")[group]]
@@ -119,10 +122,8 @@ class _Operation:
 
     def __post_init__(self) -> None:
         program = self.program
-        axes, tensors, counts = program.need("axes"), names(program.model), program.need("counts")
-        ragged = program.ragged_axes()
-        axis_of = {find(group.axis): group for group in program.need("prunable") if counts.get(group.name)}
-        losing = {axis: group for axis, group in axis_of.items() if axis not in ragged}
+        axes, tensors, ragged = program.need("axes"), names(program.model), program.ragged_axes()
+        losing = {axis: group for group in _losing(program) if (axis := find(group.axis)) not in ragged}
         for node, name, dim in weight_contractions(program):
             groups = [losing[leaf] for leaf in dict.fromkeys(leaves(axes.tensors[name][dim])) if leaf in losing]
             if groups and id(tensors[name]) not in self._sites:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 import graphprune
 from graphprune.compiler import _program
@@ -203,3 +209,15 @@ def look(model: nn.Module, inputs: Any = None) -> Inspection:
 
 def numel(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def save_words(model: Path, data: Path, words: int) -> None:
+    """Put a tokenizer of so many words beside a model, and texts of them where tools look for their data."""
+    tokens = Tokenizer(WordLevel({f"w{n}": n for n in range(words)}, unk_token="w0"))
+    tokens.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(model)
+    row = json.dumps({"text": " ".join(f"w{n % words}" for n in range(200))}) + "\n"
+    for name in ("calib/c4.jsonl", "wikitext2/wikitext2_raw_test_rows.jsonl"):
+        path = data / name
+        path.parent.mkdir(parents=True)
+        path.write_text(row + row)

@@ -15,19 +15,17 @@ with 1 when one is not.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_quality import CALIBRATION, SEED, TEXT
+from bench_quality import calibration_rows, evaluation_text
 from rich.console import Console
 from rich.table import Table
 
 import graphprune
-from graphprune.data.calibration import read_texts, token_rows
 from graphprune.evaluate import perplexity
 from graphprune.io.models import load_model
 from graphprune.passes.allocate_budget import allocate_budget
@@ -68,10 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=20_000)
     options = parser.parse_args(arguments)
-    lines = (options.data / TEXT).read_text(encoding="utf-8").splitlines()
-    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    text = evaluation_text(options.data)
     model, tokenizer = load_model(options.model, dtype=torch.float32)
-    rows = token_rows(read_texts([str(options.data / CALIBRATION)]), tokenizer, options.samples, options.length, SEED)
+    rows = calibration_rows(options.data, tokenizer, options.samples, options.length)
     data = [{"input_ids": batch} for batch in rows.split(4)]
     found: dict[str, float] = {}
     for name, how in VARIANTS.items():

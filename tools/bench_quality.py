@@ -134,10 +134,8 @@ def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any) -> tuple[Any, f
     from quality_peers import PEERS
 
     import graphprune
-    from graphprune.data.calibration import read_texts, token_rows
 
-    texts = read_texts([str(Path(cell.data, CALIBRATION))])
-    rows = token_rows(texts, tokenizer, cell.calibration["samples"], cell.calibration["length"], SEED).to(device)
+    rows = calibration_rows(cell.data, tokenizer, **cell.calibration).to(device)
     start = time.perf_counter()
     if cell.method in PEERS:
         pruned = PEERS[cell.method](model, cell.ratio, rows, cell.setting)
@@ -149,6 +147,19 @@ def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any) -> tuple[Any, f
     return pruned, time.perf_counter() - start
 
 
+def calibration_rows(data: str | Path, tokenizer: Any, samples: int, length: int) -> Any:
+    """Tokens that everyone calibrates on: an int64 tensor of shape ``(samples, length)``."""
+    from graphprune.data.calibration import read_texts, token_rows
+
+    return token_rows(read_texts([str(Path(data, CALIBRATION))]), tokenizer, samples, length, SEED)
+
+
+def evaluation_text(data: str | Path) -> str:
+    """The text that perplexity is measured on."""
+    lines = Path(data, TEXT).read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(line)["text"] for line in lines)
+
+
 def _measured(cell: Cell, model: Any, tokenizer: Any) -> Result:
     from graphprune.evaluate import Tasks, average, perplexity
 
@@ -156,8 +167,7 @@ def _measured(cell: Cell, model: Any, tokenizer: Any) -> Result:
         tasks = Tasks(cell.measures["tasks"], include_path=Path(cell.data, TASKS), limit=cell.measures["limit"])
         scores = tasks.scores(model, tokenizer)
         return {"tasks": scores, "average": average(scores)}
-    lines = Path(cell.data, TEXT).read_text(encoding="utf-8").splitlines()
-    text = "\n\n".join(json.loads(line)["text"] for line in lines)
+    text = evaluation_text(cell.data)
     found = {
         str(length): perplexity(model, tokenizer, text, length=length, tokens=cell.measures["tokens"])
         for length in cell.measures["lengths"]

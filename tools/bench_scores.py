@@ -60,6 +60,17 @@ def statistics_of(program: Program, batches: Batches) -> None:
     run_calibration(program.model, batches, norms, program.need("trace").written)
 
 
+def in_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """The CPU seconds of every run of each piece of work, one after the other and again."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            start = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - start)
+    return seconds
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -78,12 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "forward and backward": lambda: forward_backward(model, batches),
         "taylor-first": lambda: run_passes(program, (score_by("taylor-first"),)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(options.repeats):
-        for name, run in work.items():
-            start = time.process_time()
-            run()
-            seconds[name].append(time.process_time() - start)
+    seconds = in_turns(work, options.repeats)
     middle = {name: statistics.median(found) for name, found in seconds.items()}
     table = Table("", "CPU seconds, median", "all", "ratio", "limit")
     late = False

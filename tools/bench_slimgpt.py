@@ -22,11 +22,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from bench_scores import Batches, forward, in_turns
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -34,12 +34,11 @@ from torch import nn
 from graphprune.compiler import _program
 from graphprune.evaluate.memory import _CLEAR, _kilobytes
 from graphprune.io.models import load_model
-from graphprune.ir.program import Options, Program
+from graphprune.ir.program import NodeGroup, Options, Program
 from graphprune.passes import pipelines, run_passes
 from graphprune.passes.methods import METHODS
 
 MOST_TIME, MOST_MEMORY = 2.0, 1.0
-Batches = list[dict[str, Any]]
 
 
 def planned(model: nn.Module, batches: Batches, ratio: float) -> Program:
@@ -51,15 +50,15 @@ def planned(model: nn.Module, batches: Batches, ratio: float) -> Program:
 
 def pruned_columns(program: Program) -> list[int]:
     """The number of columns of every matrix that loses some."""
-    tensors, counts = program.need("axes").tensors, program.need("counts")
-    lost = {(m.tensor, m.dim) for g in program.need("prunable") if counts.get(g.name) for m in g.members if m.consumes}
-    return [tensors[tensor][dim].size for tensor, dim in sorted(lost)]
+    counts = program.need("counts")
+    return list(columns_of(program, [group for group in program.need("prunable") if counts.get(group.name)]).values())
 
 
-def forwards(model: Any, batches: Batches) -> None:
-    with torch.no_grad():
-        for batch in batches:
-            model.base_model(**batch, use_cache=False)
+def columns_of(program: Program, groups: list[NodeGroup]) -> dict[str, int]:
+    """Name of every matrix that consumes one of the groups → how many columns it has."""
+    tensors = program.need("axes").tensors
+    consumed = {(member.tensor, member.dim) for group in groups for member in group.members if member.consumes}
+    return {name: tensors[name][dim].size for name, dim in sorted(consumed)}
 
 
 def products(columns: list[int], batches: Batches) -> None:
@@ -75,24 +74,18 @@ def factorisations(columns: list[int]) -> None:
         torch.cholesky_inverse(torch.linalg.cholesky(torch.eye(size)))
 
 
-def seconds_of(model: nn.Module, batches: Batches, ratio: float, repeats: int) -> dict[str, float]:
+def seconds_of(model: Any, batches: Batches, ratio: float, repeats: int) -> dict[str, float]:
     """Medians of CPU seconds, by part."""
     program = planned(model, batches, ratio)
-    run_passes(program, METHODS["slimgpt"])
+    run_passes(program, METHODS["slimgpt"][:1])  # how many go of which is all that the floor needs
     columns = pruned_columns(program)
-    work = {
+    work: dict[str, Callable[[], object]] = {
         "slimgpt": lambda: run_passes(program, METHODS["slimgpt"]),
-        "forward without the head": lambda: forwards(model, batches),
+        "forward without the head": lambda: forward(model.base_model, batches),
         "Hessian products": lambda: products(columns, batches),
         "factorisations": lambda: factorisations(columns),
     }
-    found: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, run in work.items():
-            start = time.process_time()
-            run()
-            found[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+    return {name: statistics.median(seconds) for name, seconds in in_turns(work, repeats).items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -108,24 +101,18 @@ def memory_of(model: nn.Module, batches: Batches, ratio: float) -> dict[str, int
     run_passes(program, METHODS["slimgpt"])
     over = 1024 * (_kilobytes("VmHWM") - before)
     block = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)[0]
-    columns = [program.need("axes").tensors[n][d].size for n, d in consumed_in(program, model, block)]
+    mine = {id(p) for p in block.parameters()}
+    inside = {name for name, p in model.named_parameters() if id(p) in mine}
+    columns = columns_of(program, program.need("prunable"))
     return {
         "peak": over,
         "block": sum(p.numel() * p.element_size() for p in block.parameters()),
         "activations": activations(model, block, batches),
-        "Hessians": sum(4 * size**2 for size in columns),
+        "Hessians": sum(4 * size**2 for name, size in columns.items() if name in inside),
     }
 
 
-def consumed_in(program: Program, model: nn.Module, block: nn.Module) -> list[tuple[str, int]]:
-    """Name and dimension of every matrix of a block whose columns can go."""
-    mine = {id(p) for p in block.parameters()}
-    names = {name for name, p in model.named_parameters() if id(p) in mine}
-    found = {(m.tensor, m.dim) for g in program.need("prunable") for m in g.members if m.consumes}
-    return sorted(one for one in found if one[0] in names)
-
-
-def activations(model: nn.Module, block: nn.Module, batches: Batches) -> int:
+def activations(model: Any, block: nn.Module, batches: Batches) -> int:
     """Bytes of everything that the modules of a block return for the data."""
     sizes: list[int] = []
 
@@ -135,7 +122,7 @@ def activations(model: nn.Module, block: nn.Module, batches: Batches) -> int:
 
     handles = [module.register_forward_hook(count) for module in block.modules()]
     try:
-        forwards(model, batches[:1])
+        forward(model.base_model, batches[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -157,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, _ = load_model(options.model)
     model.eval()
     ids = torch.randint(0, model.config.vocab_size, (options.samples, options.length))
-    batches: Batches = [{"input_ids": rows} for rows in ids.split(4)]
+    batches: Batches = [{"input_ids": rows, "use_cache": False} for rows in ids.split(4)]
     if options.memory:
         print(json.dumps(memory_of(model, batches, options.ratio)))
         return 0

@@ -37,11 +37,9 @@ _ROWS_OF_SNIPPETS = 8
 
 def made_batches(program: Program) -> list[Batch]:
     """What a call without data calibrates on: snippets where the model writes some, and random inputs elsewhere."""
-    if not _continues_text(program):
-        return random_batches(program)
     try:
         return snippet_batches(program)
-    except GraphPruneError:  # what it generates with is not what it was given, or cannot generate
+    except GraphPruneError:  # it does not continue text, or its generate fails
         return random_batches(program)
 
 
@@ -207,8 +205,9 @@ def sampled_batches(program: Program) -> list[Batch]:
 
     Raises :class:`GraphPruneError` for a model that does not continue text.
     """
-    _, (samples, length) = _text_to_write(program, "sampled")
-    return _in_batches(_written(program, samples, length, _TEXTS_AT_ONCE))
+    _check_continues_text(program, "sampled")
+    tokens, (samples, length) = _tokens_to_draw(program)
+    return _in_batches(_written(program, tokens, samples, length, _TEXTS_AT_ONCE))
 
 
 def snippet_batches(program: Program) -> list[Batch]:
@@ -216,9 +215,10 @@ def snippet_batches(program: Program) -> list[Batch]:
 
     Each is a random first token and 7 that follow, as in :func:`sampled_batches`.
     """
-    _, (_, length) = _text_to_write(program, "snippets")
+    _check_continues_text(program, "snippets")
+    tokens, (_, length) = _tokens_to_draw(program)
     numbers = (program.options.samples or _ROWS_OF_SNIPPETS) * length
-    snippets = _written(program, math.ceil(numbers / _SNIPPET), _SNIPPET, _SNIPPETS_AT_ONCE)
+    snippets = _written(program, tokens, math.ceil(numbers / _SNIPPET), _SNIPPET, _SNIPPETS_AT_ONCE)
     return _in_batches(snippets.flatten()[:numbers].view(-1, length))
 
 
@@ -226,26 +226,20 @@ def _in_batches(rows: torch.Tensor) -> list[Batch]:
     return [{"input_ids": part} for part in rows.split(_ROWS_AT_ONCE)]
 
 
-def _text_to_write(program: Program, data: str) -> tuple[torch.Tensor, tuple[int, int]]:
-    if not _continues_text(program):
-        raise GraphPruneError(
-            f"data={data!r} is for models that continue text, which {type(program.model).__name__} does not: "
-            "use data='random', or give data."
-        )
-    return _tokens_to_draw(program)
-
-
-def _continues_text(program: Program) -> bool:
+def _check_continues_text(program: Program, data: str) -> None:
     model, example = program.model, _example(program)
     generates = hasattr(model, "generate") and getattr(model, "can_generate", lambda: True)()
     reads_text = first_tensor(example) == "input_ids" and _reads_only_tokens(model, example)
-    return generates and reads_text and "decoder_input_ids" not in example
+    if not generates or not reads_text or "decoder_input_ids" in example:
+        raise GraphPruneError(
+            f"data={data!r} is for models that continue text, which {type(model).__name__} does not: "
+            "use data='random', or give data."
+        )
 
 
-def _written(program: Program, count: int, length: int, at_once: int) -> torch.Tensor:
-    """``count`` texts of ``length`` tokens, int64."""
+def _written(program: Program, tokens: torch.Tensor, count: int, length: int, at_once: int) -> torch.Tensor:
+    """``count`` texts of ``length`` tokens, int64, each begun with one of ``tokens``."""
     model, options = program.model, program.options
-    tokens, _ = _tokens_to_draw(program)
     starts = _draw(tokens, (count, 1), torch.Generator().manual_seed(options.seed))
     scratch: Any = scratch_copy(model, program.need("trace").written)
     texts: list[torch.Tensor] = []

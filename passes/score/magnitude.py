@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_positions, criterion
+from graphprune.passes.score.registry import Scores, add_positions, criterion, scored_dims
 from graphprune.trace.skeleton import names
 
 _ROWS = 128
@@ -14,15 +13,12 @@ _ROWS = 128
 
 def _sums(program: Program, order: int) -> Scores:
     """``Σ |w|^order`` over every weight of every slice that a structure owns."""
-    axes = program.need("axes")
-    wanted = {find(group.axis) for group in program.need("prunable")}
     tensors = names(program.model)
     scores: Scores = {}
-    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
-        weight, dims = tensors[name].detach(), axes.tensors[name]
-        for dim, axis in enumerate(dims):
-            if any(leaf in wanted for leaf in leaves(axis)):
-                add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
+    for name, found in scored_dims(program).items():
+        weight, dims = tensors[name].detach(), program.need("axes").tensors[name]
+        for dim in found:
+            add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
     return scores
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_to, criterion
+from graphprune.passes.score.registry import Scores, add_to, criterion, scored_dims
 from graphprune.trace.skeleton import names
 
 
@@ -18,13 +17,12 @@ def peak_to_peak(program: Program) -> Scores:
     FFNs this is PPM (Martra, arXiv 2512.22671).
     """
     axes, tensors = program.need("axes"), names(program.model)
-    wanted = {find(group.axis) for group in program.need("prunable")}
     scores: Scores = {}
-    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
-        for dim, axis in enumerate(axes.tensors[name]):
-            if len(axes.tensors[name]) > 1 and any(leaf in wanted for leaf in leaves(axis)):
-                reach = _reach(tensors[name].detach(), dim)
-                add_to(scores, axis, reach / reach.max().clamp(min=torch.finfo(reach.dtype).tiny))
+    for name, dims in scored_dims(program).items():
+        weight = tensors[name].detach()
+        for dim in dims if weight.ndim > 1 else ():
+            reach = _reach(weight, dim)
+            add_to(scores, axes.tensors[name][dim], reach / reach.max().clamp(min=torch.finfo(reach.dtype).tiny))
     return scores
 
 

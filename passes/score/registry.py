@@ -35,6 +35,18 @@ def criterion_names() -> list[str]:
     return sorted(_CRITERIA)
 
 
+def scored_dims(program: Program) -> dict[str, list[int]]:
+    """Every parameter that prunable structures own a part of, by canonical name → the dimensions that they lie on."""
+    axes = program.need("axes")
+    wanted = {find(group.axis) for group in program.need("prunable")}
+    found: dict[str, list[int]] = {}
+    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
+        dims = [dim for dim, axis in enumerate(axes.tensors[name]) if any(leaf in wanted for leaf in leaves(axis))]
+        if dims:
+            found[name] = dims
+    return found
+
+
 def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
     """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it.
 

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.ir.axes import Axis, find, leaves
+from graphprune.ir.axes import Axis
 from graphprune.ir.program import Program
 from graphprune.passes.score.gradients import each_gradient
-from graphprune.passes.score.registry import Scores, criterion, slice_sums
+from graphprune.passes.score.registry import Scores, criterion, scored_dims, slice_sums
 from graphprune.trace.skeleton import names
 
 # Weight, gradient, squared gradients → importance of every weight, in the dtype of the gradient.
@@ -55,13 +55,8 @@ def _given(tensor: torch.Tensor | None) -> torch.Tensor:
 
 def _taylor(program: Program, importance: Importance, *, signed: bool = False, squares: bool = False) -> Scores:
     axes = program.need("axes")
-    wanted = {find(group.axis) for group in program.need("prunable")}
     tensors, places = names(program.model), _places(program)
-    dims_of: dict[str, list[int]] = {}
-    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
-        dims = [dim for dim, axis in enumerate(axes.tensors[name]) if wanted & set(leaves(axis))]
-        if dims and tensors[name].is_floating_point():
-            dims_of[name] = dims
+    dims_of = {name: dims for name, dims in scored_dims(program).items() if tensors[name].is_floating_point()}
     slices: dict[Axis, Slices] = {}
 
     def use(name: str, gradient: torch.Tensor, squared: torch.Tensor | None) -> None:
@@ -77,7 +72,7 @@ def _taylor(program: Program, importance: Importance, *, signed: bool = False, s
 
     each_gradient(program, dims_of, use, squares)
     combine = AGGREGATIONS[program.options.aggregation]
-    return {leaf: combine(found) for leaf, found in slices.items() if leaf in wanted}
+    return {leaf: combine(found) for leaf, found in slices.items()}
 
 
 def _summed(values: torch.Tensor, stay: set[int]) -> torch.Tensor:

@@ -17,6 +17,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 def load_tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Import ``tools/NAME.py`` as a module."""
 
+    monkeypatch.syspath_prepend(str(TOOLS))  # tools import one another
+
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
         assert spec is not None

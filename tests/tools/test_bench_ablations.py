@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from helpers import save_words
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TOOLS = Path(__file__).parents[2] / "tools"
 WORDS = 40
 
 
 @pytest.fixture
-def bench(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
+def bench(load_tool: Callable[[str], ModuleType]) -> ModuleType:
     return load_tool("bench_ablations")
 
 
@@ -36,13 +31,7 @@ def test_the_whole_table_at_small_sizes(bench: ModuleType, tmp_path: Path, capsy
         hidden_size=32, intermediate_size=40, num_hidden_layers=12, num_attention_heads=8, vocab_size=WORDS
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    row = json.dumps({"text": " ".join(f"w{n * n % WORDS}" for n in range(400))}) + "\n"
-    for name in ("calib/c4.jsonl", "wikitext2/wikitext2_raw_test_rows.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(row)
+    save_words(tmp_path, tmp_path, WORDS)
     code = bench.main([str(tmp_path), "--data", str(tmp_path), "--samples", "4", "--length", "16", "--tokens", "256"])
     assert code in (0, 1)  # random weights have no side
     captured = capsys.readouterr()

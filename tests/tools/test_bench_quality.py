@@ -14,19 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from helpers import save_words
+from transformers import LlamaConfig, LlamaForCausalLM
 
-TOOLS = Path(__file__).parents[2] / "tools"
 WORDS = 40
 SPARED = {"skip_first": 1, "skip_last": 0}
 
 
 @pytest.fixture
 def bench(load_tool: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
     module = load_tool("bench_quality")
     monkeypatch.setattr(module, "SETTINGS", {module.DENSE: ({},), module.BARE: ({},), "l1": ({}, SPARED)})
     monkeypatch.setattr(module, "OURS", ({"include": ["*.mlp"]},))
@@ -49,14 +45,7 @@ def llama() -> LlamaForCausalLM:
 def given(tmp_path: Path) -> list[str]:
     """The arguments for a tiny model with its tokenizer, and a folder of data."""
     llama().save_pretrained(tmp_path / "model")
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "model")
-    row = json.dumps({"text": " ".join(f"w{n % WORDS}" for n in range(200))}) + "\n"
-    for name in ("calib/c4.jsonl", "wikitext2/wikitext2_raw_test_rows.jsonl"):
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True)
-        path.write_text(row + row)
+    save_words(tmp_path / "model", tmp_path / "data", WORDS)
     arguments = [str(tmp_path / "model"), "--data", str(tmp_path / "data"), "-o", str(tmp_path / "out" / "board.md")]
     return [*arguments, "--lengths", "16", "32", "--samples", "8", "--length", "16", "--tokens", "128"]
 
