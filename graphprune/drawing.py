@@ -23,8 +23,8 @@ Graph: TypeAlias = networkx.MultiDiGraph
 
 FORMATS = (".dot", ".svg", ".png")
 
-_FILL = {"prunable": "#a8dba8", "pinned": "#c8c8c8", "inner": "#f6efdc", "left alone": "#dde3ea"}
-_LINE = {"prunable": "#2e7d32", "pinned": "#616161", "inner": "#b8a678", "left alone": "#78899b"}
+_FILL = {"prunable": "#a8dba8", "pinned": "#c8c8c8", "rank": "#cfe3fa", "inner": "#f6efdc", "left alone": "#dde3ea"}
+_LINE = {"prunable": "#2e7d32", "pinned": "#616161", "rank": "#1f5fa8", "inner": "#b8a678", "left alone": "#78899b"}
 
 
 def build_graph(inspection: Inspection) -> Graph:
@@ -36,12 +36,17 @@ def build_graph(inspection: Inspection) -> Graph:
 
     - ``side``: ``"tensor"`` or ``"group"``; ``name``; ``count``; ``path``: the modules around it, outermost first;
     - a tensor: ``shape``, ``kind`` (``"parameter"`` or ``"buffer"``), ``tied`` (its other names);
-    - a group: ``size``, ``kind`` (``"prunable"``, ``"pinned"``, ``"inner"``: an inner factor, or ``"left alone"``)
+    - a group: ``size``, ``kind`` (``"prunable"``, ``"pinned"``, ``"inner"``: an inner factor, ``"rank"`` of a composed
+      group, or ``"left alone"``)
       and ``reason``, empty when it is prunable.
+
+    ``graph.graph["composed"]`` has the paths of the modules that are composed groups, whose parts are drawn in a box;
+    what leads out of that box is where it overlaps with other groups.
 
     Every edge goes from a tensor to a group, once per dimension ``dim``; ``consumes`` if the axis is summed away there.
     """
-    graph: Graph = networkx.MultiDiGraph(name=type(inspection.program.model).__name__)
+    composed = {tuple(starred(f"{one.module}.")[:-1].split(".")) for one in inspection.composed}
+    graph: Graph = networkx.MultiDiGraph(name=type(inspection.program.model).__name__, composed=composed)
     folds = fold_groups(inspection.groups, lambda group: inspection.skipped.get(group.name, ""))
     tensors = _fold_tensors(inspection, folds)
     for place, tensor in enumerate(tensors):
@@ -116,6 +121,8 @@ def _merged(alike: list[_Tensor]) -> _Tensor:
 
 def _kind(fold: Fold, inspection: Inspection) -> str:
     group: NodeGroup = fold.groups[0]
+    if any(group.name in composed.ranks for composed in inspection.composed):
+        return "rank"
     if group.name not in inspection.skipped:
         return "prunable"
     if group.pins:
@@ -154,6 +161,7 @@ class _Box:
     label: str = ""
     nodes: list[str] = field(default_factory=list)
     inside: dict[str, _Box] = field(default_factory=dict)
+    composed: bool = False
 
     def all_nodes(self) -> Iterator[str]:
         yield from self.nodes
@@ -165,8 +173,9 @@ def _tree(graph: Graph) -> _Box:
     root = _Box()
     for node, about in graph.nodes(data=True):
         box = root
-        for part in about["path"]:
-            box = box.inside.setdefault(part, _Box(part))
+        for depth, part in enumerate(about["path"], 1):
+            composed = about["path"][:depth] in graph.graph["composed"]
+            box = box.inside.setdefault(part, _Box(part, composed=composed))
         box.nodes.append(node)
     return root
 
@@ -178,8 +187,8 @@ def _tidy(box: _Box, root: bool = True) -> _Box:
     worth = {child.label: child for child in children if _is_worth_a_box(child)}
     if not root and not nodes and len(worth) == 1:
         only = next(iter(worth.values()))
-        return _Box(f"{box.label}.{only.label}", only.nodes, only.inside)
-    return _Box(box.label, nodes, worth)
+        return _Box(f"{box.label}.{only.label}", only.nodes, only.inside, only.composed)
+    return _Box(box.label, nodes, worth, box.composed)
 
 
 def _is_worth_a_box(box: _Box) -> bool:
@@ -190,8 +199,10 @@ def _fill(into: Any, box: _Box, graph: Graph, numbers: Iterator[int]) -> None:
     for node in box.nodes:
         into.add_node(_drawn_node(node, graph.nodes[node]))
     for child in box.inside.values():
+        label = f"{child.label}: a composed group" if child.composed else child.label
+        line = _LINE["rank"] if child.composed else "#90a4ae"
         cluster = pydot.Cluster(
-            str(next(numbers)), label=_quoted(child.label), style="rounded", color=_quoted("#90a4ae"), fontsize="11"
+            str(next(numbers)), label=_quoted(label), style="rounded", color=_quoted(line), fontsize="11"
         )
         cluster.set("labeljust", "l")
         _fill(cluster, child, graph, numbers)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from graphprune.folding import fold_groups
+from graphprune.folding import by_key, common_name, fold_groups, starred
 from graphprune.ir.axes import find
-from graphprune.ir.program import NodeGroup, Program, describe_dims
+from graphprune.ir.program import ComposedGroup, NodeGroup, Program, describe_dims
 
 _SHOWN = 12  # members of a group that are listed
 
@@ -16,6 +16,7 @@ class Inspection:
 
     Attributes:
         groups: every basic node group (:class:`graphprune.ir.program.NodeGroup`).
+        composed: every composed node group (:class:`graphprune.ir.program.ComposedGroup`): a weight with its adapters.
         prunable: those that may lose indices, in the order of the model.
         skipped: name of every other group → why not.
         ragged: name of every group that may keep other indices under each index of another → name of that one.
@@ -25,6 +26,7 @@ class Inspection:
     def __init__(self, program: Program):
         self.program = program
         self.groups: list[NodeGroup] = program.need("groups")
+        self.composed: list[ComposedGroup] = program.need("composed")
         self.prunable: list[NodeGroup] = program.need("prunable")
         self.skipped: dict[str, str] = program.need("skipped")
         self.ragged: dict[str, str] = program.need("ragged")
@@ -66,6 +68,8 @@ class Inspection:
         lines += ["", "Prunable:", *self._folded(self.prunable, lambda group: "")]
         others = [group for group in self.groups if group.name in self.skipped]
         lines += ["", "Left alone:", *self._folded(others, lambda group: self.skipped[group.name])]
+        if self.composed:
+            lines += ["", "Composed, each with a rank that is never pruned:", *self._composed()]
         if self.unruled:
             lines += ["", "Operators without a rule, and what they pinned:"]
             cost = {name: self.pinned_by(name) for name in self.unruled}
@@ -76,6 +80,26 @@ class Inspection:
                     f"{cost[name][1]:,} of them alone"
                 )
         return "\n".join(lines)
+
+    def _composed(self) -> list[str]:
+        """A line for every kind of composed group, and one for the groups that it overlaps with."""
+        sizes = {group.name: group.size for group in self.groups}
+        lines = []
+        for alike in by_key(self.composed, lambda one: (starred(one.module), *map(starred, one.tensors))):
+            one, times = alike[0], f"  ×{len(alike)}" if len(alike) > 1 else ""
+            inside = len(one.module) + 1
+            parts = [
+                f"{b[inside:]} · {a[inside:]} (rank {sizes[rank]})"
+                for (a, b), rank in zip(one.factors, one.ranks, strict=True)
+            ]
+            named = {one.base, *(name for pair in one.factors for name in pair)}
+            rest = [name[inside:] for name in one.tensors if name not in named]
+            also = f", with {', '.join(rest)}" if rest else ""
+            lines.append(
+                f"  {common_name([c.module for c in alike])}{times}: {' + '.join([one.base[inside:], *parts])}{also}"
+            )
+            lines.append(f"      overlaps {', '.join(map(starred, one.overlaps))}")
+        return lines
 
     def _folded(self, groups: list[NodeGroup], reason: Callable[[NodeGroup], str]) -> list[str]:
         """Groups that differ only in their block number are shown once, with a count."""

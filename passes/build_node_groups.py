@@ -11,6 +11,7 @@ from graphprune.ir.axes import Axis, factors, find, inner_width, leaves, parts
 from graphprune.ir.program import AxisMap, Member, NodeGroup, Program
 from graphprune.passes.base import compiler_pass
 from graphprune.rules.registry import Dims
+from graphprune.trace.adapters import plain_name
 
 
 @compiler_pass(requires=("axes", "attributes"), ensures=("groups",), analysis=True)
@@ -18,7 +19,8 @@ def build_node_groups(program: Program) -> None:
     """One group per leaf axis that a parameter or buffer lies on, in the order of the parameters.
 
     A group is named by its first parameter dimension, with the place of the leaf when there are several:
-    ``mlp.up_proj.weight[0]``, ``self_attn.q_proj.weight[0].1``.
+    ``mlp.up_proj.weight[0]``, ``self_attn.q_proj.weight[0].1``. Adapters leave names, also those of modules, as they
+    were: what is said of a model holds for it with adapters.
     """
     axes: AxisMap = program.need("axes")
     consumed = _consumed(program)
@@ -35,12 +37,14 @@ def build_node_groups(program: Program) -> None:
                 group = groups.get(leaf)
                 if group is None:
                     suffix = f".{place}" if len(below) > 1 else ""
-                    group = groups[leaf] = NodeGroup(f"{tensor}[{dim}]{suffix}", leaf, [], [], True, [])
+                    name = f"{plain_name(program.model, tensor)}[{dim}]{suffix}"
+                    group = groups[leaf] = NodeGroup(name, leaf, [], [], True, [])
                 group.members.append(Member(tensor, dim, (tensor, dim) in consumed))
                 if tensor in parameters and leaf not in outermost:
                     group.outer = False
     for group in groups.values():
-        group.modules = list(dict.fromkeys(member.tensor.rpartition(".")[0] for member in group.members))
+        plain = (plain_name(program.model, member.tensor.rpartition(".")[0]) for member in group.members)
+        group.modules = list(dict.fromkeys(plain))
     joined = {leaf for axis in axes.facts.careful for leaf in leaves(axis)}
     for leaf in (axes.more_than_one | joined) & groups.keys():
         groups[leaf].careful = 2

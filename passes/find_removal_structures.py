@@ -8,23 +8,27 @@ from fnmatch import fnmatchcase
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import NodeGroup, Program
 from graphprune.passes.base import compiler_pass
+from graphprune.trace.adapters import plain_name
 
 
-@compiler_pass(requires=("groups",), ensures=("prunable", "skipped"), analysis=True)
+@compiler_pass(requires=("groups", "composed"), ensures=("prunable", "skipped"), analysis=True)
 def find_removal_structures(program: Program) -> None:
     """A removal structure is one index of one prunable group, with every slice it owns in every parameter.
 
-    Left alone, each with its reason: pinned groups, groups of no more indices than must stay, inner factors (unless
-    ``inner_axes``), and what ``include``, ``exclude``, ``skip_first`` and ``skip_last`` say.
+    Left alone, each with its reason: ranks of composed groups, pinned groups, groups of no more indices than must stay,
+    inner factors (unless ``inner_axes``), and what ``include``, ``exclude``, ``skip_first`` and ``skip_last`` say.
     """
     options = program.options
     groups: list[NodeGroup] = program.need("groups")
     _check_patterns(program, (*options.include, *options.exclude))
     parameters = {name for name, _ in program.model.named_parameters()}
     spared = _spared_blocks(groups, options.skip_first, options.skip_last)
+    ranks = {rank: composed.module for composed in program.need("composed") for rank in composed.ranks}
     program.prunable, program.skipped = [], {}
     for group in groups:
         reason = _reason_to_skip(group, program, parameters, spared)
+        if group.name in ranks:
+            reason = f"the rank of what is added to {plain_name(program.model, ranks[group.name])}"
         if reason is None:
             program.prunable.append(group)
         else:
@@ -57,7 +61,7 @@ def _matches(module: str, patterns: object) -> bool:
 
 
 def _check_patterns(program: Program, patterns: tuple[str, ...]) -> None:
-    paths = [path for path, _ in program.model.named_modules()]
+    paths = [plain_name(program.model, path) for path, _ in program.model.named_modules()]
     for pattern in patterns:
         if not any(_matches(path, [pattern]) for path in paths):
             raise GraphPruneError(

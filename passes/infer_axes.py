@@ -25,6 +25,7 @@ from graphprune.rules.registry import (
     find_rule,
     is_stand_in,
 )
+from graphprune.trace.adapters import twins
 from graphprune.trace.export import Trace, source_line
 from graphprune.trace.provenance import SizeInt
 from graphprune.trace.skeleton import names
@@ -57,6 +58,7 @@ def infer_axes(program: Program) -> None:
         _pin_indices(axes, [node], Pin("its indices are a model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
     used = {canonical[found.tensor_names[node.name]] for node in placeholders if node.name in found.tensor_names}
+    used |= {canonical[name] for name, other in twins(program.model).items() if canonical[other] in used}
     for name, dims in tensors.items():
         if name not in used:
             _pin_all(dims, Pin("not used by forward"))
@@ -65,14 +67,18 @@ def infer_axes(program: Program) -> None:
 
 
 def _tensor_dims(program: Program) -> tuple[dict[str, str], dict[str, Dims]]:
-    """One set of dims per distinct tensor object: tied tensors share theirs."""
+    """One set of dims per distinct tensor object: tied tensors share theirs, and those of copies that do not run."""
     canonical: dict[str, str] = {}
     first: dict[int, str] = {}
     tensors: dict[str, Dims] = {}
-    for name, tensor in names(program.model).items():
+    held = names(program.model)
+    for name, tensor in held.items():
         canonical[name] = first.setdefault(id(tensor), name)
         if canonical[name] == name:
             tensors[name] = dims_of(tensor.shape)
+    for name, other in twins(program.model).items():
+        if held[name].shape == held[other].shape:
+            tensors[canonical[name]] = tensors[canonical[other]]
     return canonical, tensors
 
 

@@ -16,6 +16,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.selection import index_of
 from graphprune.passes.base import compiler_pass
 from graphprune.passes.biases import add_new_biases
+from graphprune.trace.adapters import refresh_sizes
 from graphprune.trace.provenance import set_attribute
 from graphprune.trace.skeleton import copy_structure, names, tensors
 
@@ -48,6 +49,7 @@ def finish(program: Program, model: nn.Module) -> None:
         set_attribute(model, attribute, value)
     add_new_biases(program, model)
     refresh_torch_attributes(model)
+    refresh_sizes(model)
 
 
 def collect_slices(program: Program) -> Slices:

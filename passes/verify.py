@@ -28,6 +28,7 @@ from graphprune.passes.precision import Substitute, running_in
 from graphprune.passes.restrict import kept_indices, run_on_kept
 from graphprune.passes.rewrite import collect_slices, finish, like, sliced, sliced_shape
 from graphprune.rules.registry import Contraction
+from graphprune.trace.adapters import show_all_adapters
 from graphprune.trace.export import Trace, output_tensors
 from graphprune.trace.quiet import REFUSALS, seeded, without_autocast, without_hooks
 from graphprune.trace.skeleton import copy_structure, names, scratch_copy
@@ -121,6 +122,7 @@ def model_outputs(
     try:
         written = program.need("trace").written & set(names(model))
         scratch = scratch_copy(model, written, clone)
+        show_all_adapters(scratch)
         with without_hooks(scratch), _quietly(program, dtype, substitutes):
             return output_tensors(scratch(*args, **kwargs))
     except Exception as error:
@@ -167,6 +169,7 @@ def masked_outputs(program: Program, dtype: torch.dtype) -> list[torch.Tensor]:
             arguments.append(own(next(given)))
     real = scratch_copy(program.model, found.written, own) if found.opaque.why else nn.Identity()
     with without_hooks(real), _quietly(program, dtype):
+        show_all_adapters(real)
         return _Masked(program, real).run_outputs(arguments)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.inputs import Inputs
+from graphprune.trace.inputs import VARIADIC, Inputs, forward_parameters
 
 _UNNAMED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 
@@ -20,7 +20,7 @@ def by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     Raises :class:`GraphPruneError` for those that have no name.
     """
     args, kwargs = inputs
-    named = list(inspect.signature(model.forward).parameters.values())[: len(args)]
+    named = list(forward_parameters(model).values())[: len(args)]
     unnamed = any(p.kind in _UNNAMED or p.kind is p.VAR_KEYWORD for p in named) or len(named) < len(args)
     if unnamed:
         raise GraphPruneError(
@@ -37,13 +37,12 @@ def first_tensor(arguments: dict[str, Any]) -> str | None:
 
 def parameter_names(model: nn.Module) -> list[str]:
     """The names that forward takes, without ``*args`` and ``**kwargs``."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind not in variadic]
+    return [name for name, p in forward_parameters(model).items() if p.kind not in VARIADIC]
 
 
 def check_names(model: nn.Module, batch: dict[str, Any], n: int) -> None:
     """Raises :class:`GraphPruneError` when forward does not take an argument of batch ``n``."""
-    parameters = inspect.signature(model.forward).parameters
+    parameters = forward_parameters(model)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     unknown = [str(name) for name in batch if name not in parameters]

@@ -79,6 +79,23 @@ class NodeGroup:
 
 
 @dataclass
+class ComposedGroup:
+    """A weight and the low-rank updates that are added to it: one whole, whose ranks are never pruned.
+
+    ``base`` is the weight, ``factors`` the two parameters of each update, the one that reads first. ``tensors`` are all
+    parameters of the ``module`` around them: these, a bias, DoRA's magnitudes. ``ranks`` are the names of the groups of
+    the ranks, ``overlaps`` those of the basic groups that some of the tensors belong to as well.
+    """
+
+    module: str
+    base: str
+    factors: list[tuple[str, str]]
+    ranks: list[str]
+    tensors: list[str]
+    overlaps: list[str]
+
+
+@dataclass
 class Options:
     """What the user asked for; see :func:`graphprune.compile`."""
 
@@ -121,6 +138,7 @@ class Program:
     axes: AxisMap | None = None
     attributes: dict[Attribute, Polynomial] | None = None
     groups: list[NodeGroup] | None = None
+    composed: list[ComposedGroup] | None = None
     ragged: dict[str, str] | None = None
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None

@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.adapters import show_all_adapters
 from graphprune.trace.backends import use_portable
 from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, add_inputs, nobody_looks_inside, unroll
 from graphprune.trace.inputs import Inputs
@@ -202,6 +203,7 @@ def trace(
     except CannotFold:
         return trace(model, inputs, fold=False, hidden=hidden)
     use_portable(skeleton, tracing=True)
+    show_all_adapters(skeleton, tracing=True)
     hidden = hidden or Opaque()
     hidden.install(skeleton)
     wrap_sizes(skeleton, recorder)

@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.adapters import base_of
 from graphprune.trace.quiet import REFUSALS, eval_mode
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def normalise(example_inputs: Any) -> Inputs:
@@ -29,6 +31,16 @@ def normalise(example_inputs: Any) -> Inputs:
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     return (example_inputs,), {}
+
+
+def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """What forward takes, by name; for a wrapper of peft, also what it hands on to the model inside."""
+    found = dict(inspect.signature(model.forward).parameters)
+    base = base_of(model)
+    if base is model:
+        return found
+    own = {name: parameter for name, parameter in found.items() if parameter.kind not in VARIADIC}
+    return {**own, **{name: p for name, p in forward_parameters(base).items() if name not in own}}
 
 
 def odd_sizes(model: nn.Module, how_many: int) -> list[int]:
@@ -56,7 +68,7 @@ def example_inputs_for(model: nn.Module, device: torch.device, dtype: torch.dtyp
             f"{type(model).__name__}.forward needs inputs and nobody gave any: pass example_inputs=, "
             "a tuple of positional or a dict of keyword arguments with small example tensors."
         )
-    ask = _Ask(model, config, dict(inspect.signature(model.forward).parameters), dtype)
+    ask = _Ask(model, config, forward_parameters(model), dtype)
     for name in _wanted(ask):
         ask.made[name] = _make(ask, name)
     _add_placeholders(ask)
@@ -121,7 +133,7 @@ def _configs(config: Any, part: tuple[str, ...]) -> Iterator[Any]:
 def _wanted(ask: _Ask) -> list[str]:
     """The names of the arguments to give, in the order of the signature."""
     known = [name for name in ask.parameters if name in _MAKERS]
-    required = [n for n, p in ask.parameters.items() if p.default is p.empty and p.kind not in _VARIADIC]
+    required = [n for n, p in ask.parameters.items() if p.default is p.empty and p.kind not in VARIADIC]
     said = getattr(ask.model, "main_input_name", None)
     main = [name for name in (said if isinstance(said, (list, tuple)) else [said]) if name in ask.parameters]
     wanted = {*required, *main}
@@ -145,7 +157,6 @@ def _wanted(ask: _Ask) -> list[str]:
     return [name for name in ask.parameters if name in wanted]
 
 
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 # A config with this part has a tower that reads these.
 _TOWERS = (
     ("text", ("input_ids",)),

@@ -19,7 +19,6 @@ parameters get full backward passes of their own, in which their gradients alone
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from graphprune.data.calibration import calibration_batches
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.score.loss import calibration_loss, count_samples, single_samples
+from graphprune.trace.inputs import forward_parameters
 from graphprune.trace.quiet import REFUSALS, seeded, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 
@@ -67,7 +67,7 @@ def each_gradient(program: Program, wanted: Iterable[str], use: Use, squares: bo
 
     try:
         with seeded(program.options.seed), torch.inference_mode(False), torch.enable_grad(), without_hooks(model):
-            if "use_cache" in inspect.signature(model.forward).parameters:
+            if "use_cache" in forward_parameters(model):
                 model.forward = functools.partial(model.forward, use_cache=False)  # type: ignore[method-assign]
             if len(batches) == 1:
                 sums.at_once = True

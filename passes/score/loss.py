@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils._pytree import tree_leaves
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.inputs import forward_parameters
 
 _IGNORE = -100
 
@@ -35,7 +35,7 @@ def calibration_loss(model: nn.Module, batch: dict[str, Any], seed: int) -> torc
     prefix = "decoder_" if "decoder_input_ids" in batch else ""
     tokens, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
     if (
-        "labels" in inspect.signature(type(model).forward).parameters
+        "labels" in forward_parameters(model)
         and isinstance(tokens, torch.Tensor)
         and isinstance(logits, torch.Tensor)
         and logits.shape[:-1] == tokens.shape
