@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--aggregation",
         choices=("sum", "prod", "max", "last"),
-        default="sum",
-        help="how Taylor scores of the slices of a structure become one (default sum)",
+        default="last",
+        help="how Taylor scores of the slices of a structure become one (default last)",
     )
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
     prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")

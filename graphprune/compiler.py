@@ -20,6 +20,7 @@ from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
 from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
+from graphprune.passes.merge_adapters import merge_adapters
 from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.passes.score.taylor import AGGREGATIONS
@@ -38,7 +39,7 @@ def compile(
     example_inputs: Any = None,
     plan: Plan | None = None,
     allocation: str | Mapping[str, float] | None = None,
-    aggregation: str = "sum",
+    aggregation: str = "last",
     passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
@@ -54,6 +55,7 @@ def compile(
     verify: bool = True,
     inplace: bool = False,
     emit: str = "module",
+    merge: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Remove ``ratio`` of all parameters of ``model`` and return a smaller dense model of the same class.
@@ -99,7 +101,8 @@ def compile(
             with depth), ``"log-decreasing"``, or a dict from patterns of module paths to ratios, relative to one
             another.
         aggregation: how the Taylor scores of the slices of a structure (one per parameter dimension that it owns)
-            become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"``, those of the operator that runs last.
+            become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"`` (the default: it measures best), those of the
+            operator that runs last.
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
@@ -121,6 +124,8 @@ def compile(
             forward takes and returns for ``example_inputs``, and only that: shapes other than those of the pruned
             axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
             :func:`save`; its ``state_dict`` and ``torch.export`` can.
+        merge: whether adapters of peft are merged into the weights of the pruned model; by default those that a method
+            trains are, and others stay as they are, sliced to fit. A method that trains adds LoRA to a model without.
         progress: called with the name of every pass that starts, and with how far the calibration data is.
 
     Returns:
@@ -154,19 +159,28 @@ def compile(
         inplace=inplace,
         emit=emit,
     )
-    program = _program(model, options, example_inputs)
+    how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
+    if plan is None and passes is None and method != "random":
+        _check_weights_are_here(model)
+    if inplace and any(step.prepare is not None for step in how):
+        raise GraphPruneError(f"{method!r} trains a copy with adapters, so it cannot prune in place.")
+    traced = _prepared(model, how)
+    options.merge = merge if merge is not None else any(step.prepare is not None for step in how)
+    program = _program(traced, options, example_inputs)
     program.progress = progress
     before = measure(model)
     base_config = _base_config(model)
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
     try:
-        seconds = run_passes(program, _pipeline(program, plan, passes))
+        seconds = run_passes(program, _pipeline(program, how))
     except UntracedSizes:
         args, kwargs = program.inputs
         inputs = (args, {**kwargs, "use_cache": True})
-        program = Program(model, inputs, options, progress=progress, batches=program.batches)
-        seconds = run_passes(program, _pipeline(program, plan, passes))
+        program = Program(traced, inputs, options, progress=progress, batches=program.batches)
+        seconds = run_passes(program, _pipeline(program, how))
     pruned = program.need("pruned")
+    if traced is not model:
+        _require_gradients_as(model, pruned)
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
     return pruned
@@ -194,21 +208,42 @@ def inspect(
     return Inspection(program)
 
 
-def _pipeline(program: Program, plan: Plan | None, passes: Sequence[Pass] | None) -> tuple[Pass, ...]:
-    options = program.options
-    on_meta = any(parameter.is_meta for parameter in program.model.parameters())
-    if on_meta and plan is None and passes is None and options.method != "random":
+def _prepared(model: nn.Module, how: Sequence[Pass]) -> nn.Module:
+    """The model to trace: the user's, or what a pass wants in its place."""
+    for step in how:
+        model = model if step.prepare is None else step.prepare(model)
+    return model
+
+
+def _require_gradients_as(model: nn.Module, pruned: nn.Module) -> None:
+    """What trains in ``pruned``, of a copy of ``model`` that was frozen for its adapters."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
+
+
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _check_weights_are_here(model: nn.Module) -> None:
+    if _is_on_meta(model):
         raise GraphPruneError(
             "The model is on the meta device, or accelerate has offloaded part of it to there, so there is nothing to "
             "score: load all of it (without an offloading device_map), or use method='random'."
         )
-    how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
+
+
+def _pipeline(program: Program, how: tuple[Pass, ...]) -> tuple[Pass, ...]:
+    options = program.options
+    on_meta = _is_on_meta(program.model)
     front = pipelines.plan(how)
+    back = (merge_adapters,) if options.merge else ()
     if options.emit == "graph":
         return (*front, *(pipelines.EMIT_GRAPH[:1] if on_meta or not options.verify else pipelines.EMIT_GRAPH))
     if on_meta or not options.verify:
-        return (*front, *pipelines.EMIT_UNVERIFIED)
-    return (*front, *(pipelines.EMIT_IN_PLACE if options.inplace else pipelines.EMIT))
+        return (*front, *pipelines.EMIT_UNVERIFIED, *back)
+    return (*front, *(pipelines.EMIT_IN_PLACE if options.inplace else pipelines.EMIT), *back)
 
 
 def _program(model: nn.Module, options: Options, example_inputs: Any) -> Program:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from torch import nn
+
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.trace.quiet import collected_later
@@ -19,6 +21,7 @@ class Pass:
     ``requires`` and ``ensures`` are names of :class:`Program` fields: all required ones are set before ``run``, all
     ensured ones after it. One of ``analysis`` makes many small objects that stay, and none that is large: Python's
     garbage collector, for which every one is one more to search, rests meanwhile.
+    ``prepare``, if there is one, gives the model to trace in place of the user's: one with adapters to train.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Pass:
     requires: tuple[str, ...]
     ensures: tuple[str, ...]
     analysis: bool = False
+    prepare: Callable[[nn.Module], nn.Module] | None = None
 
     def __call__(self, program: Program) -> None:
         self.run(program)

@@ -37,7 +37,10 @@ def fill_budget(program: Program, keys: Keys) -> dict[str, int]:
 
 
 class ParameterCounter:
-    """How many parameters are left when so many indices of each group are gone; tied ones count once."""
+    """How many parameters are left when so many indices of each group are gone; tied ones count once.
+
+    Adapters that will be merged do not count.
+    """
 
     def __init__(self, program: Program):
         axes = program.need("axes")
@@ -45,7 +48,7 @@ class ParameterCounter:
         self.fixed = 0
         self.shrinking = Polynomial({})  # the sum of all that shrink
         sizes: dict[Axis, Polynomial] = {}
-        for name in {axes.canonical[name] for name, _ in program.model.named_parameters()}:
+        for name in {axes.canonical[name] for name, _ in program.model.named_parameters()} - _merged_away(program):
             dims = [find(axis) for axis in axes.tensors[name]]
             if any(leaf in groups for axis in dims for leaf in leaves(axis)):
                 size = Polynomial.constant(1)
@@ -77,6 +80,13 @@ class ParameterCounter:
             return axis.size - removed.get(self.names.get(axis, ""), 0)
 
         return size
+
+
+def _merged_away(program: Program) -> set[str]:
+    """The parameters that are there no more when adapters have been merged."""
+    composed = program.composed if program.options.merge and program.composed else []
+    canonical = program.need("axes").canonical
+    return {canonical[name] for one in composed for name in set(one.tensors) - {one.base} if "base_layer" not in name}
 
 
 class _Blocks:

@@ -9,6 +9,8 @@ from graphprune.passes.base import Pass
 from graphprune.passes.prune_in_order import prune_by_moments, prune_by_obs
 from graphprune.passes.score import criterion_names, score_by
 from graphprune.passes.select_structures import select_structures
+from graphprune.passes.train_lhspg import train_lhspg
+from graphprune.passes.train_loraprune import train_loraprune
 
 # What a call without method= does: it keeps a model alive without any data, for one forward over what it writes itself.
 DEFAULT_METHOD = "ppm"
@@ -29,6 +31,8 @@ METHODS: dict[str, tuple[Pass, ...]] = {
         prune_by_moments(cuts.weighted_variance, otherwise="flap-wifv", bias=True),
     ),
     "slimgpt": (allocate_budget("sparing", criterion="flap-wifn"), prune_by_obs()),
+    "loraprune": (allocate_budget("sparing", criterion="wanda-sp"), train_loraprune()),
+    "lorashear": (score_by("taylor-first"), allocate_budget("sparing"), train_lhspg()),
 }
 
 

@@ -104,7 +104,7 @@ class Options:
     data: Any = None
     tokenizer: Any = None
     allocation: str | Mapping[str, float] | None = None
-    aggregation: str = "sum"
+    aggregation: str = "last"
     round_to: int = 1
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -119,6 +119,7 @@ class Options:
     verify: bool = True
     inplace: bool = False
     emit: str = "module"
+    merge: bool = False
 
 
 @dataclass

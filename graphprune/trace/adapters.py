@@ -101,9 +101,10 @@ def plain_name(model: nn.Module, name: str) -> str:
     """What a parameter, buffer or module is called in the model without adapters; others keep their name."""
     if "peft" not in sys.modules:
         return name
+    name = f"{name}."
     if _is(model, "peft.peft_model", "PeftModel"):
         name = name.removeprefix("base_model.model.")
-    return _WRAPPERS.sub("", f"{name}.")[:-1]
+    return _WRAPPERS.sub("", name)[:-1]
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -116,6 +117,72 @@ def refresh_sizes(model: nn.Module) -> None:
     for _, layer in _layers(model):
         if hasattr(layer, "in_features"):
             layer.in_features, layer.out_features = layer._get_in_out_features(layer.get_base_layer())
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The active LoRA adapter of a linear layer: it computes ``(W + scaling·B·A) x`` and a bias.
+
+    ``a`` has the shape ``(rank, in)`` and ``b`` ``(out, rank)``. The weight of ``base`` is ``(out, in)``, or
+    ``(in, out)`` if ``across``. ``others`` are the magnitudes of DoRA.
+    """
+
+    path: str
+    base: nn.Module
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+    across: bool
+    dropout: nn.Module
+    others: tuple[nn.Parameter, ...]
+
+    def weight(self) -> torch.Tensor:
+        """``W`` in shape ``(out, in)``, floating point: of a quantised base its value, made for this call."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(self.base).detach()
+        return weight.T if self.across else weight
+
+    def update(self) -> torch.Tensor:
+        """``scaling·B·A``, shape ``(out, in)``."""
+        return (self.b.detach() @ self.a.detach()).mul_(self.scaling)
+
+    def guided_gradient(self) -> torch.Tensor | None:
+        """``scaling·(∇B·A + B·∇A − ∇B·∇A)``, shape ``(out, in)``: LoRAPrune's gradient of the merged weight (Eq. 9).
+
+        None without gradients.
+        """
+        if self.a.grad is None or self.b.grad is None:
+            return None
+        a, b = self.a.detach(), self.b.detach()
+        found = self.b.grad @ a
+        found.addmm_(b - self.b.grad, self.a.grad)
+        return found.mul_(self.scaling)
+
+
+def low_rank_layers(model: nn.Module) -> Iterator[LowRank]:
+    """Every linear layer of ``model`` with the LoRA adapter that is active on it, the first if there are several."""
+    for path, layer in _layers(model):
+        active = [name for name in getattr(layer, "active_adapters", ()) if name in getattr(layer, "lora_A", {})]
+        if not active or not _is(layer, "peft.tuners.lora.layer", "Linear"):
+            continue
+        name = active[0]
+        others = tuple(dora.weight for key, dora in layer.lora_magnitude_vector.items() if key == name)
+        yield LowRank(
+            path,
+            layer.get_base_layer(),
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            float(layer.scaling[name]),
+            bool(layer.fan_in_fan_out),
+            layer.lora_dropout[name],
+            others,
+        )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft has put adapters into ``model``."""
+    return next(_layers(model), None) is not None
 
 
 @dataclass

@@ -158,9 +158,10 @@ def check(
     model: nn.Module, data: list[dict[str, torch.Tensor]], loss: Loss, order: str, example: Any = None, **options: Any
 ) -> list[str]:
     """Every score of every axis against the sum, product or largest of its slices; returns the names of the axes."""
+    options = {"aggregation": "sum", **options}
     samples = by_sample(model, data, loss)
     program = scored(model, data, order, example, **options)
-    combine = COMBINED[options.get("aggregation", "sum")]
+    combine = COMBINED[options["aggregation"]]
     assert set(program.need("scores")) == {group.name for group in program.need("prunable")}
     for group in program.need("prunable"):
         scores = program.scores[group.name]
