@@ -18,6 +18,7 @@ from graphprune.inspection import Inspection
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
+from graphprune.passes.analyze_knowledge import analyze_knowledge
 from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.methods import DEFAULT_METHOD, passes_of
@@ -39,6 +40,7 @@ def compile(
     plan: Plan | None = None,
     allocation: str | Mapping[str, float] | None = None,
     aggregation: str = "sum",
+    unprunable_ratio: float = 0.0,
     passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
@@ -100,6 +102,8 @@ def compile(
             another.
         aggregation: how the Taylor scores of the slices of a structure (one per parameter dimension that it owns)
             become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"``, those of the operator that runs last.
+        unprunable_ratio: share of the node groups to leave whole, those that hold the most knowledge: masked alone,
+            they raise the loss most (LoRAShear's γ; :mod:`graphprune.passes.analyze_knowledge`).
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
@@ -159,6 +163,8 @@ def compile(
     before = measure(model)
     base_config = _base_config(model)
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
+    if unprunable_ratio:
+        passes = (analyze_knowledge(unprunable_ratio), *(passes_of(method) if passes is None else passes))
     try:
         seconds = run_passes(program, _pipeline(program, plan, passes))
     except UntracedSizes:
