@@ -88,7 +88,9 @@ def analyze_knowledge(
 
 def _check(gamma: float, ratios: Sequence[float], samples: int) -> None:
     if not 0 <= gamma < 1:
-        raise GraphPruneError(f"gamma is a share of the node groups, at least 0 and below 1, not {gamma!r}.")
+        raise GraphPruneError(
+            f"gamma, or unprunable_ratio, is a share of the node groups, at least 0 and below 1, not {gamma!r}."
+        )
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise GraphPruneError(f"ratios are shares of structures between 0 and 1 (both excluded), not {ratios!r}.")
     if samples < 1:
@@ -338,7 +340,7 @@ class _Worker:
         batch = self._batches[n]
         torch.manual_seed(self._program.options.seed)
         with torch.no_grad(), without_hooks(model):
-            output = model(**batch)
+            output = model(**tree_map_only(torch.Tensor, torch.clone, batch))  # it may write to what it gets
         own = own_loss(model, batch, output)
         if own is not None:
             self.measure = "perplexity" if own[1] else "loss"

@@ -56,6 +56,19 @@ class Pictures(nn.Module):
         return self.d(self.c(x).relu().flatten(2).sum(-1))
 
 
+class Twice(nn.Module):
+    """Channels that two weights consume, one of them the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(7, 16), nn.Linear(16, 5), nn.Parameter(torch.randn(16, 5))
+        self.d, self.e = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x).sigmoid()
+        return self.e(self.d(self.b(x) + (self.c.t() @ x.mT).mT).sigmoid())
+
+
 def llama(**options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(**{**SMALL, "num_key_value_heads": 2, **options})
@@ -85,6 +98,7 @@ MODELS: dict[str, tuple[Any, Any, Any]] = {
     "bert": (bert, TOKENS, None),
     "mixtral": (mixtral, TOKENS, None),
     "pictures": (pictures, IMAGES, IMAGES[:2]),
+    "twice": (lambda: randomise(Twice()).eval(), [{"x": X}], X),
     "toy": (lambda: toy(2), [{"x": X}], X),
 }
 
@@ -142,6 +156,19 @@ def test_it_is_the_loss_of_the_model_that_is_really_pruned(name: str, inner_axes
             assert 0 < count < group.size
             pruned = really_pruned(program, group.name, count)
             assert loss == pytest.approx(loss_of(pruned, model, knowledge, data), rel=1e-4, abs=1e-7), group.name
+
+
+def test_a_forward_may_write_to_what_it_gets() -> None:
+    class Writing(Pictures):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.mul_(2))
+
+    model, images = Writing().eval(), IMAGES.clone()
+    plain = pictures()
+    model.load_state_dict(plain.state_dict())
+    found = run(model, images, IMAGES[:2].clone())
+    assert torch.equal(images, IMAGES)
+    assert found.groups == run(plain, IMAGES * 2, IMAGES[:2]).groups
 
 
 def test_batches_with_labels_are_measured_by_the_loss_of_the_model() -> None:
@@ -446,7 +473,7 @@ def test_errors_of_gamma_and_of_a_budget_that_is_too_small(forwards: list[int]) 
     model = llama()
     check = snapshot(model)
     for gamma in (-0.1, 1.0, math.nan):
-        with pytest.raises(GraphPruneError, match="gamma is a share"):
+        with pytest.raises(GraphPruneError, match="is a share of the node groups"):
             analyze_knowledge(gamma)
     passes = (analyze_knowledge(0.8, cache=None), allocate_budget("uniform"))
     with pytest.raises(GraphPruneError, match=r"cannot be reached(.|\n)*makes 5 of 6 node groups unprunable"):
