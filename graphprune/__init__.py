@@ -14,18 +14,33 @@ from graphprune.errors import GraphPruneError
 if TYPE_CHECKING:
     from graphprune.compiler import compile, inspect
     from graphprune.io.folder import load, save
+    from graphprune.ir.knowledge import Knowledge
     from graphprune.ir.plan import Plan
+    from graphprune.knowledge_distribution import knowledge
     from graphprune.reporting import Report, report
 
 __version__ = "0.1.0"
-__all__ = ["GraphPruneError", "Plan", "Report", "compile", "inspect", "load", "report", "save"]
+__all__ = [
+    "GraphPruneError",
+    "Knowledge",
+    "Plan",
+    "Report",
+    "compile",
+    "inspect",
+    "knowledge",
+    "load",
+    "report",
+    "save",
+]
 
 # Imported on first use: `import graphprune` alone costs next to nothing.
 _HOME = {
     "compile": "graphprune.compiler",
     "inspect": "graphprune.compiler",
+    "knowledge": "graphprune.knowledge_distribution",
     "load": "graphprune.io.folder",
     "save": "graphprune.io.folder",
+    "Knowledge": "graphprune.ir.knowledge",
     "Plan": "graphprune.ir.plan",
     "Report": "graphprune.reporting",
     "report": "graphprune.reporting",

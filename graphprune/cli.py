@@ -1,4 +1,4 @@
-"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR``, ``inspect MODEL``, ``eval MODEL …``."""
+"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR``, ``inspect``, ``knowledge``, ``eval MODEL …``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune.cli_evaluate import add_commands
+from graphprune import cli_evaluate, cli_knowledge
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         default="last",
         help="how Taylor scores of the slices of a structure become one (default last)",
     )
+    prune.add_argument(
+        "--unprunable-ratio",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="leave this share of the node groups whole, those that the model loses most with (default 0)",
+    )
     prune.add_argument("--round-to", type=int, default=1, metavar="N", help="keep widths multiples of N")
     prune.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="prune only these modules")
     prune.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="never prune these modules")
@@ -82,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
     inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
 
-    add_commands(commands)
+    cli_knowledge.add_command(commands)
+    cli_evaluate.add_commands(commands)
     return parser
 
 
@@ -127,6 +135,7 @@ def _prune(options: argparse.Namespace) -> None:
             tokenizer=tokenizer,
             allocation=options.allocation,
             aggregation=options.aggregation,
+            unprunable_ratio=options.unprunable_ratio,
             round_to=options.round_to,
             include=options.include,
             exclude=options.exclude,

@@ -18,6 +18,7 @@ from graphprune.inspection import Inspection
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines
+from graphprune.passes.analyze_knowledge import analyze_knowledge
 from graphprune.passes.base import Pass, run_passes
 from graphprune.passes.check_cached_sizes import UntracedSizes
 from graphprune.passes.merge_adapters import merge_adapters
@@ -40,6 +41,7 @@ def compile(
     plan: Plan | None = None,
     allocation: str | Mapping[str, float] | None = None,
     aggregation: str = "last",
+    unprunable_ratio: float = 0.0,
     passes: Sequence[Pass] | None = None,
     round_to: int = 1,
     include: Sequence[str] = (),
@@ -103,6 +105,8 @@ def compile(
         aggregation: how the Taylor scores of the slices of a structure (one per parameter dimension that it owns)
             become one: ``"sum"``, ``"prod"``, ``"max"``, or ``"last"`` (the default: it measures best), those of the
             operator that runs last.
+        unprunable_ratio: share of the node groups to leave whole, those that hold the most knowledge: masked alone,
+            they raise the loss most (LoRAShear's γ; :mod:`graphprune.passes.analyze_knowledge`).
         passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
@@ -160,6 +164,8 @@ def compile(
         emit=emit,
     )
     how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
+    if unprunable_ratio:
+        how = (analyze_knowledge(unprunable_ratio), *how)
     if plan is None and passes is None and method != "random":
         _check_weights_are_here(model)
     if inplace and any(step.prepare is not None for step in how):

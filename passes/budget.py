@@ -36,6 +36,15 @@ def fill_budget(program: Program, keys: Keys) -> dict[str, int]:
     return _fill(counter, blocks, wanted)
 
 
+def check_reachable(program: Program) -> None:
+    """Raises :class:`GraphPruneError` as :func:`fill_budget` does when not even all that may go is enough."""
+    steps = {group.name: _steps(group, program) for group in program.need("prunable")}
+    counter = ParameterCounter(program)
+    reachable = 1 - counter.count({name: found[-1] for name, found in steps.items() if found}) / counter.total
+    if program.options.ratio is not None and reachable < program.options.ratio:
+        raise _unreachable(program, reachable)
+
+
 class ParameterCounter:
     """How many parameters are left when so many indices of each group are gone; tied ones count once.
 

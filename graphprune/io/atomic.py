@@ -1,4 +1,4 @@
-"""A folder is complete or it is not there."""
+"""A folder or a file is complete or it is not there."""
 
 from __future__ import annotations
 
@@ -54,3 +54,14 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(target: Path, text: str) -> None:
+    """Write a text file that has all of ``text`` or, whatever goes wrong, is as it was. Raises OSError."""
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

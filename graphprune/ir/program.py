@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.ir.axes import Axis, describe, find
+from graphprune.ir.knowledge import Knowledge
 from graphprune.ir.plan import Plan
 from graphprune.ir.selection import Kept, Selection
 from graphprune.ir.sizes import Polynomial
@@ -144,6 +145,7 @@ class Program:
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
     batches: list[dict[str, Any]] | None = None
+    knowledge: Knowledge | None = None
     scores: dict[str, torch.Tensor] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None

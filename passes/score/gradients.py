@@ -264,7 +264,7 @@ def _block_by_block(
     share outside of both runs twice, each time for another part of the gradient.
     """
     calls: list[Calls] = []
-    with _cut(_blocks(model)) as of_batch:
+    with _cut(blocks_of(model)) as of_batch:
         for sums.batch, batch in enumerate(batches):
             _backward(run(batch), retain_graph=True)
             calls.append(of_batch.copy())
@@ -309,10 +309,10 @@ def _outside(model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[nn.Modul
     return (module for module in model.modules() if module not in inside)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that transformers marks as fit to run a second time."""
     if isinstance(model, GradientCheckpointingLayer):
         yield model
     else:
         for child in model.children():
-            yield from _blocks(child)
+            yield from blocks_of(child)

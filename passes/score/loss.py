@@ -29,8 +29,17 @@ def calibration_loss(model: nn.Module, batch: dict[str, Any], seed: int) -> torc
       All samples share one direction, drawn with ``seed``.
     """
     output = model(**batch)
+    own = own_loss(model, batch, output)
+    return _along_a_direction(output, seed) if own is None else own[0]
+
+
+def own_loss(model: nn.Module, batch: dict[str, Any], output: Any) -> tuple[torch.Tensor, bool] | None:
+    """The first two losses of :func:`calibration_loss`, of what ``model`` returned for ``batch``; None without either.
+
+    Also whether it is the negative log-likelihood of tokens.
+    """
     if "labels" in batch and isinstance(getattr(output, "loss", None), torch.Tensor):
-        return output.loss.float() * count_samples(batch)
+        return output.loss.float() * count_samples(batch), False
     logits = getattr(output, "logits", None)
     prefix = "decoder_" if "decoder_input_ids" in batch else ""
     tokens, mask = batch.get(f"{prefix}input_ids"), batch.get(f"{prefix}attention_mask")
@@ -43,8 +52,8 @@ def calibration_loss(model: nn.Module, batch: dict[str, Any], seed: int) -> torc
     ):
         targets = tokens if mask is None or mask.shape != tokens.shape else tokens.masked_fill(mask == 0, _IGNORE)
         in_place = getattr(model, "loss_type", None) == "ForMaskedLM"
-        return _token_loss(logits, targets if in_place else pad(targets[:, 1:], (0, 1), value=_IGNORE))
-    return _along_a_direction(output, seed)
+        return _token_loss(logits, targets if in_place else pad(targets[:, 1:], (0, 1), value=_IGNORE)), True
+    return None
 
 
 def _token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

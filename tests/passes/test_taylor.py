@@ -238,7 +238,7 @@ def test_only_the_operator_that_runs_last(make: Any, data: Any, example: Any, la
 def test_query_heads_belong_to_their_own_key_head() -> None:
     """Key head j serves the query heads 3j to 3j + 2, which stand side by side."""
     model = llama()
-    program = scored(model, IN_BATCHES, "first", inner_axes=False)
+    program = scored(model, IN_BATCHES, "first", inner_axes=False, aggregation="sum")
     samples = by_sample(model, IN_BATCHES, next_token)
     values = {n: importance("first", p.detach(), samples[n]) for n, p in model.named_parameters() if n in samples}
     path = "model.layers.1.self_attn"
