@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
+    from graphprune.adapters import apply
     from graphprune.compiler import compile, inspect
     from graphprune.io.folder import load, save
     from graphprune.ir.knowledge import Knowledge
@@ -25,6 +26,7 @@ __all__ = [
     "Knowledge",
     "Plan",
     "Report",
+    "apply",
     "compile",
     "inspect",
     "knowledge",
@@ -35,6 +37,7 @@ __all__ = [
 
 # Imported on first use: `import graphprune` alone costs next to nothing.
 _HOME = {
+    "apply": "graphprune.adapters",
     "compile": "graphprune.compiler",
     "inspect": "graphprune.compiler",
     "knowledge": "graphprune.knowledge_distribution",

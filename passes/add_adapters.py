@@ -14,7 +14,7 @@ from graphprune.passes.adapted import Adapted
 from graphprune.passes.base import Pass
 from graphprune.passes.select_structures import make_plan
 from graphprune.trace.adapters import has_adapters
-from graphprune.trace.skeleton import copy_structure
+from graphprune.trace.skeleton import frozen_copy
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,6 @@ def add_adapters(model: nn.Module, adapters: Adapters, seed: int = 0) -> nn.Modu
         return model
     from peft import LoraConfig, get_peft_model
 
-    shared = copy_structure(
-        model, lambda t: nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t
-    )
     linear = "all-linear" if hasattr(model, "get_output_embeddings") else _linear_layers(model)
     if not linear:
         raise GraphPruneError(f"{type(model).__name__} has no linear layer, so there is nothing to put LoRA on.")
@@ -71,7 +68,7 @@ def add_adapters(model: nn.Module, adapters: Adapters, seed: int = 0) -> nn.Modu
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(shared, config)  # type: ignore[arg-type]
+        return get_peft_model(frozen_copy(model), config)  # type: ignore[arg-type]
 
 
 def _linear_layers(model: nn.Module) -> list[str]:

@@ -147,6 +147,35 @@ def test_an_adapter_is_saved_and_loaded_by_peft(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(pruned))
 
 
+def test_an_adapter_follows_the_plan_of_its_model(tmp_path: Path) -> None:
+    model = model_of("llama")
+    trained = adapted(model)
+    trained.save_pretrained(tmp_path / "trained")
+    pruned = graphprune.compile(model, 0.2, method="magnitude")
+    restored = snapshot(model)
+    graphprune.apply(graphprune.report(pruned).plan, tmp_path / "trained", tmp_path / "pruned", base=model)
+    restored()
+    loaded = PeftModel.from_pretrained(pruned, str(tmp_path / "pruned")).eval()
+    expected = graphprune.compile(trained.merge_and_unload().eval(), plan=graphprune.report(pruned).plan)
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    plan = graphprune.report(graphprune.compile(model, 0.2, method="magnitude")).plan
+    with pytest.raises(graphprune.GraphPruneError, match="is no adapter of peft"):
+        graphprune.apply(plan, tmp_path, tmp_path / "out", base=model)
+    adapted(model).save_pretrained(tmp_path)
+    with pytest.raises(graphprune.GraphPruneError, match="does not say which model"):
+        graphprune.apply(plan, tmp_path, tmp_path / "out")
+    with pytest.raises(graphprune.GraphPruneError, match="is no adapter of this GPT2"):
+        graphprune.apply(plan, tmp_path, tmp_path / "out", base=model_of("gpt2"))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(graphprune.GraphPruneError, match="pickled weights are not read"):
+        graphprune.apply(plan, tmp_path, tmp_path / "out", base=model)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merged_adapter_is_refused() -> None:
     model = adapted(model_of("llama"))
     model.merge_adapter()

@@ -47,6 +47,13 @@ def copy_structure(model: nn.Module, replace: Replace | None = None, memo: dict[
     return copy.deepcopy(model, memo)
 
 
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares its weights, as parameters of its own that need no gradient: others may put things into it."""
+    return copy_structure(
+        model, lambda t: nn.Parameter(t.detach(), requires_grad=False) if isinstance(t, nn.Parameter) else t
+    )
+
+
 def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torch.clone) -> nn.Module:
     """A copy to run in eval mode and throw away: whatever forward changes, ``model`` keeps its state.
 
