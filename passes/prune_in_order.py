@@ -123,12 +123,14 @@ class _Operation:
     def __post_init__(self) -> None:
         program = self.program
         axes, tensors, ragged = program.need("axes"), names(program.model), program.ragged_axes()
+        adapters = {name for composed in program.need("composed") for pair in composed.factors for name in pair}
         losing = {axis: group for group in _losing(program) if (axis := find(group.axis)) not in ragged}
         for node, name, dim in weight_contractions(program):
             groups = [losing[leaf] for leaf in dict.fromkeys(leaves(axes.tensors[name][dim])) if leaf in losing]
             if groups and id(tensors[name]) not in self._sites:
                 site = _Site(name, dim, tensors[name], groups, len(self._sites), node)
-                site.bias = bias_of(program, node, name) if self.bias else None
+                if self.bias and name not in adapters:  # a bias of theirs would be lost when they are merged
+                    site.bias = bias_of(program, node, name)
                 self._sites[id(site.weight)] = site
         self._by_place = {site.place: site for site in self._sites.values()}
         self._left = len(self._sites)

@@ -200,3 +200,22 @@ def test_convolutions() -> None:
     assert numel(copy.deepcopy(pruned).merge_and_unload()) == numel(merged) < numel(copy.deepcopy(model).unload())
     with torch.no_grad():
         torch.testing.assert_close(pruned(x), merged(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_slices_that_run_last_are_those_of_the_weight_and_its_adapter() -> None:
+    """An adapter that does nothing yet says nothing: its model is pruned as the one without."""
+    model, data = model_of("llama"), torch.randint(0, 97, (4, 8), generator=torch.Generator().manual_seed(3))
+    options = {"method": "llm-pruner", "data": data, "include": "*.mlp"}
+    plain = graphprune.report(graphprune.compile(model, 0.1, **options)).plan
+    fresh = adapted(model, init_lora_weights=True)
+    assert graphprune.report(graphprune.compile(fresh, 0.1, merge=True, **options)).plan.keep == plain.keep
+
+
+@pytest.mark.parametrize("method", ["ppm", "flap", "slimgpt", "taylor-mixed"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_methods_with_data(kind: str, method: str) -> None:
+    data = torch.randint(0, 97, (8, 8), generator=torch.Generator().manual_seed(3))
+    pruned = graphprune.compile(adapted(model_of(kind)), 0.2, method=method, data=data)
+    found = logits(pruned)
+    merged = logits(pruned.merge_and_unload().eval())
+    assert (found - merged).abs().max() <= 1e-5 * merged.abs().max()

@@ -89,6 +89,9 @@ def _places(program: Program) -> dict[str, int]:
         if node.name in trace.tensor_names and node.users:
             name = axes.canonical[trace.tensor_names[node.name]]
             places[name] = max(places.get(name, -1), *(order[user] for user in node.users))
+    for composed in program.need("composed"):  # one operator, although its adapters run after its weight
+        last = max(places.get(axes.canonical[name], -1) for name in composed.tensors)
+        places |= {axes.canonical[name]: last for name in composed.tensors}
     return places
 
 
