@@ -23,7 +23,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
-from graphprune.passes.prune_in_order import owners_of
+from graphprune.passes.prune_in_order import owners_of, positions_of
 from graphprune.trace.adapters import LowRank, low_rank_layers
 from graphprune.trace.skeleton import copy_structure
 
@@ -144,8 +144,7 @@ class Adapted:
                 if layer is None or kind != "weight" or not path.endswith(".base_layer") or member.dim > 1:
                     continue
                 owners = owners_of(axes.tensors[member.tensor][member.dim], find(group.axis))
-                order = owners.argsort(stable=True)
-                blocks = order[owners[order] >= 0].view(group.size, -1).to(next(self.model.parameters()).device)
+                blocks = positions_of(owners, group.size).to(next(self.model.parameters()).device)
                 reads = (member.dim == 1) != layer.across
                 self.parts.setdefault(group.name, []).append(Part(layer, reads, blocks))
 

@@ -36,6 +36,8 @@ def training_pass(name: str, train: Train, adapters: Adapters) -> Pass:
     """
 
     def run(program: Program) -> None:
+        program.updates.clear()  # an earlier plan's way to make up for what goes; here the adapters do
+        program.new_biases.clear()
         adapted = Adapted(program)
         counts = {name: count for name, count in program.need("counts").items() if count}
         for group in counts.keys() - adapted.gates.keys():

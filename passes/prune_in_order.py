@@ -227,11 +227,16 @@ class _Operation:
         """The columns that each index of a group owns: int64 of shape ``(size, columns per index)``."""
         axis = self.program.need("axes").tensors[site.name][site.dim]
         owners = owners_of(axis, find(group.axis)).repeat_interleave(columns // axis.size)
-        order = owners.argsort(stable=True)
-        return order[owners[order] >= 0].view(group.size, -1).to(site.weight.device)
+        return positions_of(owners, group.size).to(site.weight.device)
 
 
 def owners_of(axis: Axis, leaf: Axis) -> torch.Tensor:
     """The index of ``leaf`` that owns each position of ``axis``, int64; -1 where none does."""
     found = [place for other, place in coordinates(axis, lambda one: one.size) if other is leaf]
     return torch.stack(found).amax(0)
+
+
+def positions_of(owners: torch.Tensor, size: int) -> torch.Tensor:
+    """The positions that each of ``size`` indices owns, int64 of shape ``(size, positions per index)``."""
+    order = owners.argsort(stable=True)
+    return order[owners[order] >= 0].view(size, -1)

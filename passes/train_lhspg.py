@@ -37,7 +37,8 @@ class Lhspg:
         saliency: weights of the criteria, each divided by its norm over the structures of a group: ``"magnitude"``,
             ``"average-magnitude"`` (over the number of its weights), ``"cosine"`` (1 + cos of weight and update),
             ``"taylor-first"``, ``"taylor-second"`` (on LoRA-guided gradients, averaged over the steps so far), and
-            ``"prior"``, the scores of a pass before this one.
+            ``"prior"``, what the passes before this one say: their plan if they made one (what it keeps is salient),
+            or else their scores.
         decay: λ of the moving average of the Taylor criteria.
         adapters: LoRA that a model without any gets. training: how it trains.
     """
@@ -83,7 +84,7 @@ class HalfSpace:
         self._before: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.saliency.get("prior") and counts.keys() - self._prior.keys():
             raise GraphPruneError(
-                "LHSPG takes the criterion 'prior' from the pass before it, and there was none that scores: put "
+                "LHSPG takes the criterion 'prior' from the passes before it, and none of them scores or plans: put "
                 "score_by(…) in front of it, or give other weights as saliency."
             )
 
@@ -257,6 +258,18 @@ def _add(into: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None
     into[name] = into[name] + values if name in into else values
 
 
+def _prior(program: Program) -> dict[str, torch.Tensor] | None:
+    """What the passes so far say of each structure, the less the sooner it goes."""
+    if program.plan is None:
+        return program.scores
+    found = {}
+    for group in program.need("prunable"):
+        kept = torch.ones(group.size) if group.name not in program.plan.keep else torch.zeros(group.size)
+        kept[torch.tensor(program.plan.keep.get(group.name, []), dtype=torch.long)] = 1
+        found[group.name] = kept
+    return found
+
+
 def train_lhspg(config: Lhspg | None = None) -> Pass:
     """A pass that removes ``counts`` structures of every group: they fade period by period while the adapters train.
 
@@ -265,6 +278,6 @@ def train_lhspg(config: Lhspg | None = None) -> Pass:
     config = config or Lhspg()
 
     def run(program: Program, adapted: Adapted, counts: dict[str, int]) -> None:
-        train(program, adapted, config.training, config.steps, HalfSpace(adapted, counts, config, program.scores))
+        train(program, adapted, config.training, config.steps, HalfSpace(adapted, counts, config, _prior(program)))
 
     return training_pass("train_lhspg", run, config.adapters)

@@ -101,11 +101,17 @@ def scores_of(program: Program, name: str, groups: Iterable[NodeGroup]) -> dict[
     return scores
 
 
-def score_by(name: str) -> Pass:
-    """A pass that runs the criterion ``name``; groups it gives no score are left alone, with that reason."""
+def score_by(name: str, times: str | None = None) -> Pass:
+    """A pass that runs the criterion ``name``; groups it gives no score are left alone, with that reason.
+
+    ``times`` is another criterion that its scores are multiplied by, where that has some.
+    """
 
     def run(program: Program) -> None:
         program.scores = scores_of(program, name, program.need("prunable"))
+        if times is not None:
+            for group, scores in scores_of(program, times, program.need("prunable")).items():
+                program.scores[group] = program.scores[group] * scores
         for group in list(program.need("prunable")):
             if group.name not in program.scores:
                 program.need("prunable").remove(group)
