@@ -32,8 +32,8 @@ METHODS: dict[str, tuple[Pass, ...]] = {
     ),
     "slimgpt": (allocate_budget("sparing", criterion="flap-wifn"), prune_by_obs()),
     "loraprune": (allocate_budget("sparing", criterion="wanda-sp"), train_loraprune()),
-    "lorashear": (score_by("taylor-first"), allocate_budget("sparing"), train_lhspg()),
 }
+METHODS["lorashear"] = (*METHODS["ppm"], train_lhspg())
 
 
 def method_names() -> list[str]:

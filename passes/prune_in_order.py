@@ -25,6 +25,7 @@ from graphprune.passes.consumers import Consumers, Product, conv_groups, matrice
 from graphprune.passes.cuts import Cut, Importance, MakeCut, MomentCut, ObsCut
 from graphprune.passes.lockstep import Lockstep
 from graphprune.passes.score import scores_of
+from graphprune.passes.score.registry import factors_of
 from graphprune.passes.select_structures import in_order, make_plan
 from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
@@ -123,7 +124,7 @@ class _Operation:
     def __post_init__(self) -> None:
         program = self.program
         axes, tensors, ragged = program.need("axes"), names(program.model), program.ragged_axes()
-        adapters = {name for composed in program.need("composed") for pair in composed.factors for name in pair}
+        adapters = factors_of(program)
         losing = {axis: group for group in _losing(program) if (axis := find(group.axis)) not in ragged}
         for node, name, dim in weight_contractions(program):
             groups = [losing[leaf] for leaf in dict.fromkeys(leaves(axes.tensors[name][dim])) if leaf in losing]

@@ -43,10 +43,10 @@ class Lhspg:
         adapters: LoRA that a model without any gets. training: how it trains.
     """
 
-    warmup_steps: int = 10
+    warmup_steps: int = 5
     periods: int = 4
-    period_steps: int = 10
-    final_steps: int = 50
+    period_steps: int = 5
+    final_steps: int = 80
     epsilon: float = 0.0
     saliency: Mapping[str, float] = field(default_factory=lambda: {"prior": 1.0})
     decay: float = 0.9

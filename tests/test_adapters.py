@@ -219,3 +219,13 @@ def test_methods_with_data(kind: str, method: str) -> None:
     found = logits(pruned)
     merged = logits(pruned.merge_and_unload().eval())
     assert (found - merged).abs().max() <= 1e-5 * merged.abs().max()
+
+
+@pytest.mark.parametrize("method", ["l2", "peak-to-peak", "taylor-mixed", "flap-wifn"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_are_scored_as_they_are_when_merged(kind: str, method: str) -> None:
+    model, data = adapted(model_of(kind)), torch.randint(0, 97, (4, 8), generator=torch.Generator().manual_seed(3))
+    merged = copy.deepcopy(model).merge_and_unload().eval()
+    options = {"method": method, "data": data, "merge": True}
+    found, expected = (graphprune.report(graphprune.compile(m, 0.2, **options)).plan for m in (model, merged))
+    assert found.keep == expected.keep

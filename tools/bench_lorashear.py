@@ -5,9 +5,10 @@
 MODEL is a causal language model, DIR holds ``calib/c4.jsonl`` and ``wikitext2/wikitext2_raw_test_rows.jsonl``.
 
 **quality**: the same tokens of C4, the same LoRA and optimizer, the same final size (20% of all parameters gone),
-WikiText-2 in windows of 128. Magnitude and LLM-Pruner prune at once (LLM-Pruner by the first 16k of these tokens, as
-the prior of LHSPG does) and then tune with all of them; LoRAPrune prunes while it trains on the first half, and tunes
-on with the other; LHSPG is one run over as many tokens. Each line is printed when it is there.
+WikiText-2 in windows of 128. Magnitude and LLM-Pruner prune at once (LLM-Pruner by the first 16k of these tokens) and
+then tune with all of them; LoRAPrune prunes while it trains on the first half, and tunes on with the other; LHSPG is
+one run over as many tokens, in which fades what ppm would remove by the first 16k. For comparison ppm, then tuned. Each
+line is printed when it is there.
 
 **correlation**: Spearman's rank correlation, per layer, of LoRAPrune's scores (Eq. 10 on Eq. 9) and the same scores
 from the true gradient of the merged weight, after ``--warm`` steps of training: the paper's Figure 4.
@@ -45,6 +46,7 @@ from graphprune.passes.add_adapters import Adapters, add_adapters
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
 from graphprune.passes.guided_scores import guided_scores
+from graphprune.passes.methods import METHODS
 from graphprune.passes.score import score_by
 from graphprune.passes.score.loss import calibration_loss
 from graphprune.passes.select_structures import select_structures
@@ -61,7 +63,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 def lhspg(steps: int, training: Training) -> Pass:
     """LHSPG over so many steps: most of them after the last period, since a short run has few."""
-    periods, each = 4, max(1, steps // 20)
+    periods, each = 4, max(1, steps // 24)
     warmup = max(1, steps // 20)
     config = Lhspg(
         warmup_steps=warmup,
@@ -100,11 +102,13 @@ def quality(arguments: argparse.Namespace, console: Console) -> None:
     scores = batches[:SCORED]
     once = (allocate_budget("sparing"), select_structures)
     measured("dense", lambda: model)
-    prior = pruned_by(score_by("taylor-first"), scores)
-    measured("LHSPG", lambda: pruned(prior, allocate_budget("sparing"), lhspg(steps, training)))
+    prior = [pruned_by(step, scores) for step in METHODS["ppm"]]
+    measured("LHSPG", lambda: pruned(*prior, lhspg(steps, training)))
     for name, criterion in (("LLM-Pruner", "taylor-first"), ("magnitude", "l2")):
         found = measured(f"{name}, at once", lambda c=criterion: pruned(score_by(c), *once, data=scores))  # type: ignore[misc]
         measured(f"{name}, then tuned", lambda f=found: tuned(f, batches))  # type: ignore[misc]
+    found = measured("ppm, at once", lambda: graphprune.compile(model, arguments.ratio, data=scores))
+    measured("ppm, then tuned", lambda: tuned(found, batches))
     half = steps // 2
     config = LoraPrune(steps=half, training=training)
     found = measured(

@@ -15,7 +15,7 @@ from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.consumers import Consumers, Product, channels_seen_by
-from graphprune.passes.score.registry import Scores, add_positions
+from graphprune.passes.score.registry import ScoredWeights, Scores, add_positions, factors_of
 from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
 
@@ -84,10 +84,11 @@ def run_calibration(
 
 
 def consumers_of(program: Program) -> list[tuple[str, int]]:
-    """Every weight and dimension of it in which a prunable axis is consumed, by name."""
+    """Every weight and dimension of it in which a prunable axis is consumed, by name; adapters speak through theirs."""
     axes = program.need("axes")
     wanted = {find(group.axis) for group in program.need("prunable")}
-    found = {(name, dim) for _, name, dim in weight_contractions(program)}
+    factors = factors_of(program)
+    found = {(name, dim) for _, name, dim in weight_contractions(program) if name not in factors}
     return sorted((name, dim) for name, dim in found if wanted & set(leaves(axes.tensors[name][dim])))
 
 
@@ -111,7 +112,7 @@ def add_channels(
     ``of_weight`` reduces the weight over the given dimensions, which it keeps with size 1; ``of_inputs`` has the shape
     ``(matrices, channels)`` of :class:`Moments`.
     """
-    weight, dims = names(program.model)[name].detach(), program.need("axes").tensors[name]
+    weight, dims = ScoredWeights(program)[name], program.need("axes").tensors[name]
     batch = range(weight.ndim - 2) if len(of_inputs) > 1 else ()
     stay = {*batch, dim}
     reduced = of_weight(weight, [d for d in range(weight.ndim) if d not in stay])

@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_positions, criterion, scored_dims
-from graphprune.trace.skeleton import names
+from graphprune.passes.score.registry import ScoredWeights, Scores, add_positions, criterion, scored_dims
 
 _ROWS = 128
 
 
 def _sums(program: Program, order: int) -> Scores:
     """``Σ |w|^order`` over every weight of every slice that a structure owns."""
-    tensors = names(program.model)
+    weights = ScoredWeights(program)
     scores: Scores = {}
     for name, found in scored_dims(program).items():
-        weight, dims = tensors[name].detach(), program.need("axes").tensors[name]
+        weight, dims = weights[name], program.need("axes").tensors[name]
         for dim in found:
             add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
     return scores

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from graphprune.ir.program import Program
-from graphprune.passes.score.registry import Scores, add_to, criterion, scored_dims
-from graphprune.trace.skeleton import names
+from graphprune.passes.score.registry import ScoredWeights, Scores, add_to, criterion, scored_dims
 
 
 @criterion("peak-to-peak")
@@ -16,10 +15,10 @@ def peak_to_peak(program: Program) -> Scores:
     A structure has one slice per dimension of a matrix that it owns; vectors such as biases are left out. For gated
     FFNs this is PPM (Martra, arXiv 2512.22671).
     """
-    axes, tensors = program.need("axes"), names(program.model)
+    axes, weights = program.need("axes"), ScoredWeights(program)
     scores: Scores = {}
     for name, dims in scored_dims(program).items():
-        weight = tensors[name].detach()
+        weight = weights[name]
         for dim in dims if weight.ndim > 1 else ():
             reach = _reach(weight, dim)
             add_to(scores, axes.tensors[name][dim], reach / reach.max().clamp(min=torch.finfo(reach.dtype).tiny))

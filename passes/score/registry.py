@@ -12,6 +12,8 @@ from graphprune.ir.program import NodeGroup, Program
 from graphprune.ir.selection import sum_by_pair
 from graphprune.passes.base import Pass
 from graphprune.rules.registry import Dims
+from graphprune.trace.adapters import low_rank_layers
+from graphprune.trace.skeleton import names
 
 # Leaf axis → score of each of its indices, float32 of shape (size,); of a ragged axis (outer size, size).
 Scores = dict[Axis, torch.Tensor]
@@ -36,15 +38,41 @@ def criterion_names() -> list[str]:
 
 
 def scored_dims(program: Program) -> dict[str, list[int]]:
-    """Every parameter that prunable structures own a part of, by canonical name → the dimensions that they lie on."""
+    """Every parameter that prunable structures own a part of, by canonical name → the dimensions that they lie on.
+
+    The factors of adapters are not among them: they speak through the weights that they are added to
+    (:class:`ScoredWeights`).
+    """
     axes = program.need("axes")
     wanted = {find(group.axis) for group in program.need("prunable")}
+    factors = factors_of(program)
     found: dict[str, list[int]] = {}
-    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()}):
+    for name in sorted({axes.canonical[name] for name, _ in program.model.named_parameters()} - factors):
         dims = [dim for dim, axis in enumerate(axes.tensors[name]) if any(leaf in wanted for leaf in leaves(axis))]
         if dims:
             found[name] = dims
     return found
+
+
+def factors_of(program: Program) -> set[str]:
+    """The names of the low-rank factors that are added to weights."""
+    return {name for composed in program.need("composed") for pair in composed.factors for name in pair}
+
+
+class ScoredWeights:
+    """The values that weights are scored by: canonical name → ``W``, or ``W + s·BA`` where an adapter is active."""
+
+    def __init__(self, program: Program):
+        self._program, self._tensors = program, names(program.model)
+        self._adapters = {id(layer.base.weight): layer for layer in low_rank_layers(program.model)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        weight, layer = self._program.weight(tensor), self._adapters.get(id(tensor))
+        if layer is None:
+            return weight
+        update = layer.update()
+        return weight + (update.T if layer.across else update)
 
 
 def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:

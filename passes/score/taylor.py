@@ -16,7 +16,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis
 from graphprune.ir.program import Program
 from graphprune.passes.score.gradients import each_gradient
-from graphprune.passes.score.registry import Scores, criterion, scored_dims, slice_sums
+from graphprune.passes.score.registry import ScoredWeights, Scores, criterion, scored_dims, slice_sums
 from graphprune.trace.skeleton import names
 
 # Weight, gradient, squared gradients → importance of every weight, in the dtype of the gradient.
@@ -57,10 +57,11 @@ def _taylor(program: Program, importance: Importance, *, signed: bool = False, s
     axes = program.need("axes")
     tensors, places = names(program.model), _places(program)
     dims_of = {name: dims for name, dims in scored_dims(program).items() if tensors[name].is_floating_point()}
+    scored = ScoredWeights(program)
     slices: dict[Axis, Slices] = {}
 
     def use(name: str, gradient: torch.Tensor, squared: torch.Tensor | None) -> None:
-        values = importance(program.weight(tensors[name]), gradient, squared)
+        values = importance(scored[name], gradient, squared)
         for dim in dims_of[name]:
             for leaf, sums in slice_sums(program, axes.tensors[name], dim, lambda stay: _summed(values, stay)).items():
                 if not bool(sums.isfinite().all()):
@@ -89,9 +90,6 @@ def _places(program: Program) -> dict[str, int]:
         if node.name in trace.tensor_names and node.users:
             name = axes.canonical[trace.tensor_names[node.name]]
             places[name] = max(places.get(name, -1), *(order[user] for user in node.users))
-    for composed in program.need("composed"):  # one operator, although its adapters run after its weight
-        last = max(places.get(axes.canonical[name], -1) for name in composed.tensors)
-        places |= {axes.canonical[name]: last for name in composed.tensors}
     return places
 
 

@@ -305,3 +305,10 @@ def test_masks_follow_the_average_of_the_scores_and_may_open_again() -> None:
     masks.after_step()
     assert view.gates[name][first.argsort()[0]] == 1
     assert view.gates[name][first.argsort()[-1]] == 0
+
+
+def test_what_a_plan_removes_fades() -> None:
+    """LoRA that does nothing yet does not change what its model is pruned by."""
+    plan = graphprune.report(graphprune.compile(plain(), 0.2, method="ppm", data=DATA)).plan
+    faded = graphprune.report(graphprune.compile(plain(), 0.2, method="lorashear", data=DATA)).plan
+    assert faded.keep == plan.keep

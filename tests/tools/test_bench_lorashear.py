@@ -36,7 +36,7 @@ def test_the_whole_comparison_at_small_sizes(
     assert "mlp: mean" in shown
     assert "20 steps of 4 × 16 tokens" in shown
     rows = [line for line in shown.splitlines() if "removed" in line]
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(float(line.split("%")[0].split()[-1]) > 15 for line in rows[1:])
 
 
