@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.ir.axes import find
 from graphprune.ir.program import Program
 from graphprune.passes.adapted import Adapted
 from graphprune.passes.base import Pass
@@ -40,6 +41,11 @@ def training_pass(name: str, train: Train, adapters: Adapters) -> Pass:
         program.new_biases.clear()
         adapted = Adapted(program)
         counts = {name: count for name, count in program.need("counts").items() if count}
+        if program.ragged_axes().keys() & {find(g.axis) for g in program.need("prunable") if g.name in counts}:
+            raise GraphPruneError(
+                "With inner_axes=True other indices go under each index of another axis, which cannot fade: leave that "
+                "out, or use a method that does not train."
+            )
         for group in counts.keys() - adapted.gates.keys():
             raise GraphPruneError(
                 f"{group} cannot fade: not only linear and convolutional layers read it. Exclude it "

@@ -248,6 +248,9 @@ def test_training_wants_data_and_a_copy() -> None:
         graphprune.compile(plain(), 0.2, method="loraprune")
     with pytest.raises(GraphPruneError, match="cannot prune in place"):
         graphprune.compile(plain(), 0.2, method="loraprune", data=DATA, inplace=True)
+    with pytest.raises(GraphPruneError, match="leave that out"):
+        options = {"method": "loraprune", "allocation": "uniform", "inner_axes": True}
+        graphprune.compile(plain("gpt2"), 0.3, data=DATA, **options)
     with pytest.raises(GraphPruneError, match="optimizer is one of adamw, sgd"):
         Training(optimizer="lion")
 
