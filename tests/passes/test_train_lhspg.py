@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import graphprune
 from graphprune import GraphPruneError
@@ -25,7 +25,7 @@ from graphprune.passes.train_lhspg import HalfSpace, Lhspg, train_lhspg
 from graphprune.passes.train_loraprune import LoraPrune, _Masks, train_loraprune
 from graphprune.passes.tune_adapters import tune_adapters
 from tests.helpers import snapshot
-from tests.passes.test_adapted import TOKENS, adapted, plain
+from tests.passes.test_adapted import SIZES, TOKENS, adapted, plain
 
 DATA = torch.randint(0, 97, (12, 10), generator=torch.Generator().manual_seed(2))
 QUICK: dict[str, Any] = {"warmup_steps": 2, "periods": 3, "period_steps": 3, "final_steps": 2}
@@ -248,9 +248,11 @@ def test_training_wants_data_and_a_copy() -> None:
         graphprune.compile(plain(), 0.2, method="loraprune")
     with pytest.raises(GraphPruneError, match="cannot prune in place"):
         graphprune.compile(plain(), 0.2, method="loraprune", data=DATA, inplace=True)
+    sizes = {**SIZES, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 48}
+    ragged = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    passes = (allocate_budget("uniform"), train_loraprune())
     with pytest.raises(GraphPruneError, match="leave that out"):
-        options = {"method": "loraprune", "allocation": "uniform", "inner_axes": True}
-        graphprune.compile(plain("gpt2"), 0.3, data=DATA, **options)
+        graphprune.compile(ragged, 0.3, passes=passes, data=DATA, inner_axes=True)
     with pytest.raises(GraphPruneError, match="optimizer is one of adamw, sgd"):
         Training(optimizer="lion")
 
