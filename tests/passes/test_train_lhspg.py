@@ -70,7 +70,8 @@ def test_exactly_the_wanted_structures_are_zero_and_slicing_changes_nothing(
 
 @pytest.mark.parametrize("method", ["lorashear", "loraprune"])
 def test_methods_by_name(method: str, tmp_path: Path) -> None:
-    pruned = graphprune.compile(plain(), 0.2, method=method, data=DATA)
+    pruned = graphprune.compile(plain("gpt2"), 0.3, method=method, data=DATA, allocation="uniform")
+    assert graphprune.report(pruned).attributes  # heads go: integers have to follow, under their plain names
     graphprune.save(pruned, tmp_path / "model")
     torch.testing.assert_close(logits(graphprune.load(tmp_path / "model")), logits(pruned))
 
