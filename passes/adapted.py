@@ -25,6 +25,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.prune_in_order import owners_of, positions_of
 from graphprune.trace.adapters import LowRank, low_rank_layers
+from graphprune.trace.quantised import quantised_value
 from graphprune.trace.skeleton import copy_structure
 
 _CHANNELS_LAST = (nn.Linear, Conv1D)
@@ -107,8 +108,8 @@ class Adapted:
             path = name.rpartition(".")[0].removesuffix(".base_layer")
             inside = any(path.startswith(f"{layer}.") for layer in self.layers)
             for leaf in owners if not inside else ():
-                kind = self.layers[path].base if path in self.layers else self.model.get_submodule(path)
-                closed.setdefault(groups[leaf].name, set()).add(isinstance(kind, (*_CHANNELS_LAST, *_CHANNELS_FIRST)))
+                known = isinstance(self._module(path), (*_CHANNELS_LAST, *_CHANNELS_FIRST))
+                closed.setdefault(groups[leaf].name, set()).add(known)
                 owned = owners_of(axes.tensors[name][dim], leaf)
                 sites.setdefault(path, []).append((groups[leaf].name, owned))
         device = next(self.model.parameters()).device
@@ -120,9 +121,12 @@ class Adapted:
             if wanted:
                 self.model.get_submodule(path).register_forward_pre_hook(self._gate(path, wanted))
 
+    def _module(self, path: str) -> nn.Module:
+        """The layer at ``path``, without the adapters around it."""
+        return self.layers[path].base if path in self.layers else self.model.get_submodule(path)
+
     def _gate(self, path: str, wanted: dict[str, torch.Tensor]) -> Any:
-        module = self.layers[path].base if path in self.layers else self.model.get_submodule(path)
-        first = isinstance(module, _CHANNELS_FIRST)
+        first = isinstance(self._module(path), _CHANNELS_FIRST)
 
         def gate(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
@@ -151,17 +155,16 @@ class Adapted:
 
 def _trainable_copy(program: Program) -> nn.Module:
     """Frozen parameters share their memory with the program's model, active adapters have their own."""
-    trained = {
-        id(parameter) for layer in low_rank_layers(program.model) for parameter in (layer.a, layer.b, *layer.others)
-    }
+    trained = {id(parameter) for layer in low_rank_layers(program.model) for parameter in layer.parameters()}
 
     def replace(tensor: torch.Tensor) -> torch.Tensor:
-        value = program.weight(tensor)
         if id(tensor) in trained:
-            return nn.Parameter(value.clone())
+            return nn.Parameter(program.weight(tensor).clone())
+        if (quantised := quantised_value(tensor)) is not None:
+            return nn.Parameter(quantised, requires_grad=False)
         if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(value, requires_grad=False)
-        return value.clone()
+            return nn.Parameter(program.weight(tensor), requires_grad=False)
+        return program.weight(tensor).clone()
 
     copied = copy_structure(program.model, replace).eval()
     for layer in low_rank_layers(copied):

@@ -15,7 +15,7 @@ from graphprune.passes.adapted import Adapted
 from graphprune.passes.base import Pass
 from graphprune.passes.select_structures import make_plan
 from graphprune.trace.adapters import has_adapters
-from graphprune.trace.skeleton import frozen_copy
+from graphprune.trace.quantised import floating_structure, has_quantised
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,16 @@ def training_pass(name: str, train: Train, adapters: Adapters) -> Pass:
 def add_adapters(model: nn.Module, adapters: Adapters, seed: int = 0) -> nn.Module:
     """``model`` itself if it has adapters; else a copy that shares its weights, with LoRA on every linear layer.
 
-    Raises :class:`GraphPruneError` when it has no linear layer.
+    Quantised weights stay as they are while the adapters train, and are made floating point where they are sliced.
+
+    Raises :class:`GraphPruneError` when it has no linear layer, or has adapters on quantised weights.
     """
     if has_adapters(model):
+        if has_quantised(model):
+            raise GraphPruneError(
+                "The adapters are on quantised weights, which they cannot be merged into when these are sliced: give "
+                "the quantised model without adapters."
+            )
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -76,7 +83,7 @@ def add_adapters(model: nn.Module, adapters: Adapters, seed: int = 0) -> nn.Modu
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(frozen_copy(model), config)  # type: ignore[arg-type]
+        return get_peft_model(floating_structure(model), config)  # type: ignore[arg-type]
 
 
 def _linear_layers(model: nn.Module) -> list[str]:

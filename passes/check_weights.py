@@ -34,7 +34,7 @@ def check_weights(program: Program) -> None:
                 f"The parameter {name} is a {kind} of {parameter.dtype}: quantised or packed weights cannot be sliced. "
                 "Load the model in a floating-point dtype, prune, and quantise the result."
             )
-        if not parameter.is_meta and not _finite(parameter.detach()):
+        if not parameter.is_meta and not _finite(program.weight(parameter)):
             raise GraphPruneError(f"The parameter {name} holds NaN or infinite values; repair the model first.")
 
 

@@ -19,6 +19,7 @@ from graphprune.passes.adapted import Adapted, Part
 from graphprune.passes.add_adapters import Adapters, training_pass
 from graphprune.passes.base import Pass
 from graphprune.passes.train_adapters import Training, attach, train
+from graphprune.trace.adapters import LowRank
 
 CRITERIA = ("magnitude", "average-magnitude", "cosine", "taylor-first", "taylor-second", "prior")
 
@@ -106,7 +107,7 @@ class HalfSpace:
         if any(self._config.saliency.get(name) for name in self._taylor):
             self._average_taylor()
         if self._in_period():
-            self._before = {p: (layer.a.detach().clone(), layer.b.detach().clone()) for p, layer in self._layers()}
+            self._before = {path: _copies(layer) for path, layer in self._adapted.layers.items()}
 
     def after_step(self) -> None:
         """After the step of the base optimizer: choose at the beginning of a period, and fade."""
@@ -123,9 +124,6 @@ class HalfSpace:
     def _in_period(self) -> bool:
         at = self._step - self._config.warmup_steps
         return 0 < at < self._config.periods * self._config.period_steps and at % self._config.period_steps > 0
-
-    def _layers(self) -> list[tuple[str, Any]]:
-        return list(self._adapted.layers.items())
 
     def _choose(self, period: int) -> None:
         """Move the least salient of what is still important to the redundant, for good."""
@@ -218,6 +216,11 @@ class _Callback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._half_space.after_step()
+
+
+def _copies(layer: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = layer.factors()
+    return a.clone(), b.clone()
 
 
 def _of_weights(adapted: Adapted) -> dict[str, dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from graphprune.rules.registry import Dims, Facts
 from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
+from graphprune.trace.quantised import quantised_value
 
 
 @dataclass
@@ -165,8 +166,12 @@ class Program:
         return value
 
     def weight(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer of the model with the value that it is to be pruned with, detached."""
-        return self.updates.get(id(tensor), tensor).detach()
+        """A parameter or buffer of the model with the value that it is to be pruned with, detached.
+
+        Of a quantised one that is made for this call.
+        """
+        quantised = quantised_value(tensor) if id(tensor) not in self.updates else None
+        return self.updates.get(id(tensor), tensor).detach() if quantised is None else quantised.dequantize()
 
     def axis_name(self, axis: Axis) -> str:
         """The name of a leaf's group with its size, or its bare size when no parameter is on it."""

@@ -1,6 +1,6 @@
 """Adapters that peft put into a model: how they are seen by the compiler, and what to call things without them.
 
-All that is known of peft's classes is in this file; ``tests/trace/test_adapters.py`` tells when they change. A model
+All that is known of peft's classes is in this file; ``tests/test_adapters.py`` tells when they change. A model
 that holds such a class has imported peft, so nothing here imports it.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.trace.quantised import is_quantised
 
 _WRAPPERS = re.compile(r"(?<=\.)(?:base_layer|original_module)\.|(?<=\.)modules_to_save\.[^.]+\.")
 
@@ -123,41 +124,56 @@ def refresh_sizes(model: nn.Module) -> None:
 class LowRank:
     """The active LoRA adapter of a linear layer: it computes ``(W + scaling·B·A) x`` and a bias.
 
-    ``a`` has the shape ``(rank, in)`` and ``b`` ``(out, rank)``. The weight of ``base`` is ``(out, in)``, or
-    ``(in, out)`` if ``across``. ``others`` are the magnitudes of DoRA.
+    ``A``, of shape ``(rank, in)``, is the weight of ``reader``, and ``B``, ``(out, rank)``, that of ``writer``. The
+    weight of ``base`` is ``(out, in)``, or ``(in, out)`` if ``across``. ``others`` hold the magnitudes of DoRA.
+    Parameters are looked up when they are asked for: whoever shards a model puts others in their place.
     """
 
     path: str
     base: nn.Module
-    a: nn.Parameter
-    b: nn.Parameter
+    reader: nn.Module
+    writer: nn.Module
     scaling: float
     across: bool
     dropout: nn.Module
-    others: tuple[nn.Parameter, ...]
+    others: tuple[nn.Module, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [module.weight for module in (self.reader, self.writer, *self.others)]  # type: ignore[misc]
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A`` and ``B``, detached; whole, if they are sharded."""
+        return _whole(self.reader.weight.detach()), _whole(self.writer.weight.detach())  # type: ignore[operator]
 
     def weight(self) -> torch.Tensor:
         """``W`` in shape ``(out, in)``, floating point: of a quantised base its value, made for this call."""
         from peft.utils.integrations import dequantize_module_weight
 
-        weight = dequantize_module_weight(self.base).detach()
+        held: Any = self.base.weight
+        weight = held.dequantize() if is_quantised(held) else _whole(dequantize_module_weight(self.base).detach())
         return weight.T if self.across else weight
 
     def update(self) -> torch.Tensor:
         """``scaling·B·A``, shape ``(out, in)``."""
-        return (self.b.detach() @ self.a.detach()).mul_(self.scaling)
+        a, b = self.factors()
+        return (b @ a).mul_(self.scaling)
 
     def guided_gradient(self) -> torch.Tensor | None:
         """``scaling·(∇B·A + B·∇A − ∇B·∇A)``, shape ``(out, in)``: LoRAPrune's gradient of the merged weight (Eq. 9).
 
         None without gradients.
         """
-        if self.a.grad is None or self.b.grad is None:
+        of_a, of_b = self.reader.weight.grad, self.writer.weight.grad
+        if not isinstance(of_a, torch.Tensor) or not isinstance(of_b, torch.Tensor):
             return None
-        a, b = self.a.detach(), self.b.detach()
-        found = self.b.grad @ a
-        found.addmm_(b - self.b.grad, self.a.grad)
-        return found.mul_(self.scaling)
+        (a, b), of_a, of_b = self.factors(), _whole(of_a), _whole(of_b)
+        return (of_b @ a).addmm_(b - of_b, of_a).mul_(self.scaling)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that FSDP has sharded, put together; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def low_rank_layers(model: nn.Module) -> Iterator[LowRank]:
@@ -167,12 +183,12 @@ def low_rank_layers(model: nn.Module) -> Iterator[LowRank]:
         if not active or not _is(layer, "peft.tuners.lora.layer", "Linear"):
             continue
         name = active[0]
-        others = tuple(dora.weight for key, dora in layer.lora_magnitude_vector.items() if key == name)
+        others = tuple(dora for key, dora in layer.lora_magnitude_vector.items() if key == name)
         yield LowRank(
             path,
             layer.get_base_layer(),
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
+            layer.lora_A[name],
+            layer.lora_B[name],
             float(layer.scaling[name]),
             bool(layer.fan_in_fan_out),
             layer.lora_dropout[name],

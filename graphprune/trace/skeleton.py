@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.errors import GraphPruneError
 from graphprune.trace.backends import use_portable
 
 Replace = Callable[[torch.Tensor], torch.Tensor]
+QUANTISED = "graphprune_quantised"  # the attribute of a stand-in that holds the quantised weight
 
 
 def tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -65,6 +67,11 @@ def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torc
     own = {id(held[name]) for name in written}
 
     def replace(tensor: torch.Tensor) -> torch.Tensor:
+        if hasattr(tensor, QUANTISED):
+            raise GraphPruneError(
+                "The weights are quantised, and a pass wants to run the model with them: choose a method that only "
+                "trains, such as 'loraprune', or load the model in a floating-point dtype."
+            )
         if id(tensor) not in own:
             return tensor
         cloned = clone(tensor.detach())

@@ -54,9 +54,10 @@ def test_scores_are_equations_9_and_10(kind: str) -> None:
         expected = torch.zeros(len(found[name]))
         for part in parts:
             layer = part.layer
-            a, b, s = layer.a.detach(), layer.b.detach(), 5 / 3
+            a, b, s = layer.reader.weight.detach(), layer.writer.weight.detach(), 5 / 3
+            of_a, of_b = layer.reader.weight.grad, layer.writer.weight.grad
             weight = layer.base.weight.detach().T if kind == "gpt2" else layer.base.weight.detach()
-            gradient = s * (layer.b.grad @ a + b @ layer.a.grad - layer.b.grad @ layer.a.grad)
+            gradient = s * (of_b @ a + b @ of_a - of_b @ of_a)
             importance = (gradient * (weight + s * b @ a)) ** 2
             one = torch.zeros(len(expected))
             for index, owned in enumerate(part.blocks.tolist()):

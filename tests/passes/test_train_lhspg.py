@@ -120,8 +120,10 @@ def test_the_half_space_sets_to_zero_what_would_turn_around() -> None:
             one = part.layer
             merged = one.weight() + one.update()
             if part.reads:
-                one.b.copy_(torch.linalg.lstsq(one.a.T, (-3 * merged).T).solution.T / one.scaling)
-    assert layer.b.abs().max() > 1
+                one.writer.weight.copy_(
+                    torch.linalg.lstsq(one.reader.weight.T, (-3 * merged).T).solution.T / one.scaling
+                )
+    assert layer.writer.weight.abs().max() > 1
     watcher.after_step()
     gates = view.gates["model.layers.0.mlp.gate_proj.weight[0]"]
     assert bool((gates[:24] == 0).any())
@@ -144,7 +146,7 @@ def test_criteria_of_saliency() -> None:
     name = "model.layers.0.mlp.gate_proj.weight[0]"
     expected = torch.zeros(48)
     for part in view.parts[name]:
-        merged = part.layer.weight() + part.layer.scaling * part.layer.b.detach() @ part.layer.a.detach()
+        merged = part.layer.weight() + part.layer.update()
         expected += merged.square().sum(0 if part.reads else 1)
     expected = expected.sqrt()
     torch.testing.assert_close(watcher.saliency()[name], expected / expected.norm())
