@@ -22,11 +22,11 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def apply(
     plan: Plan,
     adapter: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     base: nn.Module | str | None = None,
     example_inputs: Any = None,
-) -> None:
+) -> Path:
     """Prune the adapter in the folder ``adapter`` as ``plan`` pruned the model it was trained on.
 
     The new folder ``output`` is one of peft: ``PeftModel.from_pretrained(pruned, output)`` loads it. What it computes
@@ -36,10 +36,13 @@ def apply(
     Args:
         plan: ``graphprune.report(pruned).plan``, or one read from a file.
         adapter: a folder that peft's ``save_pretrained`` wrote, with weights in safetensors.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet; by default beside ``adapter``, with ``-pruned`` behind its name.
         base: the unpruned model, or what :func:`graphprune.io.models.load_model` takes; by default the one that the
             adapter names.
         example_inputs: as for :func:`graphprune.compile`.
+
+    Returns:
+        The folder that was written.
 
     Raises:
         GraphPruneError: when there is no such adapter, its weights are pickled, the model cannot be loaded, or the plan
@@ -63,5 +66,7 @@ def apply(
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise GraphPruneError(f"{folder} is no adapter of this {type(model).__name__}: {error}") from error
     pruned = compile(adapted, plan=plan, example_inputs=example_inputs)
-    with new_folder(Path(os.path.abspath(output))) as written:
+    target = Path(os.path.abspath(folder.with_name(f"{folder.resolve().name}-pruned") if output is None else output))
+    with new_folder(target) as written:
         pruned.save_pretrained(str(written))  # type: ignore[operator]
+    return target

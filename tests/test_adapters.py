@@ -153,9 +153,10 @@ def test_an_adapter_follows_the_plan_of_its_model(tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path / "trained")
     pruned = graphprune.compile(model, 0.2, method="magnitude")
     restored = snapshot(model)
-    graphprune.apply(graphprune.report(pruned).plan, tmp_path / "trained", tmp_path / "pruned", base=model)
+    written = graphprune.apply(graphprune.report(pruned).plan, tmp_path / "trained", base=model)
     restored()
-    loaded = PeftModel.from_pretrained(pruned, str(tmp_path / "pruned")).eval()
+    assert written == tmp_path / "trained-pruned"
+    loaded = PeftModel.from_pretrained(pruned, str(written)).eval()
     expected = graphprune.compile(trained.merge_and_unload().eval(), plan=graphprune.report(pruned).plan)
     torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-5, atol=1e-5)
 

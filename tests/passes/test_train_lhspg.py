@@ -320,3 +320,35 @@ def test_what_a_plan_removes_fades() -> None:
     plan = graphprune.report(graphprune.compile(plain(), 0.2, method="ppm", data=DATA)).plan
     faded = graphprune.report(graphprune.compile(plain(), 0.2, method="lorashear", data=DATA)).plan
     assert faded.keep == plan.keep
+
+
+def test_sharded_by_fsdp2(tmp_path: Path) -> None:
+    """In a loop of one's own over a model that fully_shard has taken over, every period chooses and fades."""
+    if not torch.distributed.is_available():
+        pytest.skip("this build of PyTorch has no torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+
+    config = Lhspg(**QUICK, saliency={"magnitude": 1.0, "taylor-first": 1.0})
+    results = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for sharded in (False, True):
+            view, watcher, counts = half_space(config)
+            if sharded:
+                mesh = torch.distributed.init_device_mesh("cpu", (1,))
+                for block in view.model.base_model.model.model.layers:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(view.model, mesh=mesh)
+            optimizer = torch.optim.SGD(view.trainable().values(), lr=0.01)
+            watcher.attach(optimizer)
+            for step in range(config.steps):
+                train_adapters.calibration_loss(
+                    view.model, {"input_ids": DATA[step % 12 : step % 12 + 1]}, 0
+                ).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert watcher.zero == sum(counts.values())
+            results.append(view.gates)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
