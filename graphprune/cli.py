@@ -108,7 +108,8 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.data.calibration import MADE, read_texts
+    from graphprune.data.calibration import MADE
+    from graphprune.data.texts import data_of
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
@@ -118,8 +119,7 @@ def _prune(options: argparse.Namespace) -> None:
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
     plan = graphprune.Plan.from_json(_read(options.plan)) if options.plan else None
-    made = options.data in [[name] for name in MADE]
-    data = options.data[0] if made else read_texts(options.data) if options.data else None
+    data = data_of(options.data, MADE)
     console = Console(stderr=True)
     with console.status(f"loading {options.model}") as status:
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)

@@ -56,7 +56,8 @@ def _knowledge(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.data.calibration import MADE, read_texts
+    from graphprune.data.calibration import MADE
+    from graphprune.data.texts import data_of
     from graphprune.io.loss_cache import CACHE
     from graphprune.io.models import load_model
 
@@ -64,8 +65,7 @@ def _knowledge(options: argparse.Namespace) -> None:
     for output in outputs:
         if output.exists():
             raise GraphPruneError(f"{output} exists already; give a file that does not.")
-    made = options.data in [[name] for name in MADE]
-    data = options.data[0] if made else read_texts(options.data) if options.data else None
+    data = data_of(options.data, MADE)
     with Console(stderr=True).status(f"loading {options.model}") as status:
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
         found = graphprune.knowledge(

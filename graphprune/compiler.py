@@ -27,7 +27,7 @@ from graphprune.passes.replay_plan import replay_plan
 from graphprune.passes.score.taylor import AGGREGATIONS
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.inputs import example_inputs_for, normalise
-from graphprune.trace.skeleton import names
+from graphprune.trace.skeleton import is_on_meta, names
 
 
 def compile(
@@ -168,10 +168,11 @@ def compile(
         how = (analyze_knowledge(unprunable_ratio), *how)
     if plan is None and passes is None and method != "random":
         _check_weights_are_here(model)
-    if inplace and any(step.prepare is not None for step in how):
+    trains = any(step.prepare is not None for step in how)
+    if inplace and trains:
         raise GraphPruneError(f"{method!r} trains a copy with adapters, so it cannot prune in place.")
     traced = _prepared(model, how)
-    options.merge = merge if merge is not None else any(step.prepare is not None for step in how)
+    options.merge = trains if merge is None else merge
     program = _program(traced, options, example_inputs)
     program.progress = progress
     before = measure(model)
@@ -228,12 +229,8 @@ def _require_gradients_as(model: nn.Module, pruned: nn.Module) -> None:
         parameter.requires_grad_(wanted.get(name, parameter.requires_grad))
 
 
-def _is_on_meta(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def _check_weights_are_here(model: nn.Module) -> None:
-    if _is_on_meta(model):
+    if is_on_meta(model):
         raise GraphPruneError(
             "The model is on the meta device, or accelerate has offloaded part of it to there, so there is nothing to "
             "score: load all of it (without an offloading device_map), or use method='random'."
@@ -242,7 +239,7 @@ def _check_weights_are_here(model: nn.Module) -> None:
 
 def _pipeline(program: Program, how: tuple[Pass, ...]) -> tuple[Pass, ...]:
     options = program.options
-    on_meta = _is_on_meta(program.model)
+    on_meta = is_on_meta(program.model)
     front = pipelines.plan(how)
     back = (merge_adapters,) if options.merge else ()
     if options.emit == "graph":

@@ -53,6 +53,7 @@ class Adapted:
     """The trainable copy of a program's model.
 
     Attributes:
+        device: where gates and positions are, that of the first weight.
         model: the copy, in eval mode but for the dropout of adapters; only adapters require gradients.
         layers: every adapted layer whose update is low-rank and that a prunable structure owns a part of.
         parts: name of a prunable group → its parts; groups that no layer reads are absent.
@@ -62,6 +63,7 @@ class Adapted:
     def __init__(self, program: Program):
         self.program = program
         self.model = _trainable_copy(program)
+        self.device = next(self.model.parameters()).device
         self.layers = {layer.path: layer for layer in low_rank_layers(self.model)}
         if not self.layers:
             raise GraphPruneError(
@@ -72,10 +74,6 @@ class Adapted:
         self.gates: dict[str, torch.Tensor] = {}
         self._close()
         self._find_parts()
-
-    def names(self) -> list[str]:
-        """The groups that can be faded, in the order of the model."""
-        return [group.name for group in self.program.need("prunable") if group.name in self.gates]
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that trains, by name."""
@@ -112,12 +110,11 @@ class Adapted:
                 closed.setdefault(groups[leaf].name, set()).add(known)
                 owned = owners_of(axes.tensors[name][dim], leaf)
                 sites.setdefault(path, []).append((groups[leaf].name, owned))
-        device = next(self.model.parameters()).device
         for group in program.need("prunable"):
             if closed.get(group.name) == {True}:
-                self.gates[group.name] = torch.ones(group.size, device=device)
+                self.gates[group.name] = torch.ones(group.size, device=self.device)
         for path, gated in sites.items():
-            wanted = {n: owned.to(device) for n, owned in gated if n in self.gates}
+            wanted = {n: owned.to(self.device) for n, owned in gated if n in self.gates}
             if wanted:
                 self.model.get_submodule(path).register_forward_pre_hook(self._gate(path, wanted))
 
@@ -148,7 +145,7 @@ class Adapted:
                 if layer is None or kind != "weight" or not path.endswith(".base_layer") or member.dim > 1:
                     continue
                 owners = owners_of(axes.tensors[member.tensor][member.dim], find(group.axis))
-                blocks = positions_of(owners, group.size).to(next(self.model.parameters()).device)
+                blocks = positions_of(owners, group.size).to(self.device)
                 reads = (member.dim == 1) != layer.across
                 self.parts.setdefault(group.name, []).append(Part(layer, reads, blocks))
 

@@ -33,7 +33,7 @@ from graphprune.passes.score.loss import count_samples, own_loss
 from graphprune.passes.select_structures import in_order
 from graphprune.trace.export import output_tensors
 from graphprune.trace.quiet import REFUSALS, seeded, without_hooks
-from graphprune.trace.skeleton import copy_structure, names, scratch_copy
+from graphprune.trace.skeleton import copy_structure, is_on_meta, names, scratch_copy
 
 RATIOS = (0.1, 0.3, 0.5)
 SAMPLES = 8
@@ -74,7 +74,7 @@ def analyze_knowledge(
     _check(gamma, ratios, samples)
 
     def run(program: Program) -> None:
-        if any(parameter.is_meta for parameter in program.model.parameters()):
+        if is_on_meta(program.model):
             raise GraphPruneError(
                 "The model is on the meta device: there is no knowledge to measure. Load its weights."
             )

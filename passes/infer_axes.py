@@ -38,7 +38,8 @@ _UNREADABLE = (TypeError, ValueError, IndexError, KeyError, AttributeError, Misa
 def infer_axes(program: Program) -> None:
     """Run every operator's rule; pin inputs, outputs, constants, and all that an operator without a rule touches."""
     found: Trace = program.need("trace")
-    canonical, tensors = _tensor_dims(program)
+    idle = twins(program.model)
+    canonical, tensors = _tensor_dims(program, idle)
     axes = AxisMap({}, tensors, canonical, Facts())
     for name in canonical:
         if (reason := found.opaque.hides(name)) is not None:
@@ -58,7 +59,7 @@ def infer_axes(program: Program) -> None:
         _pin_indices(axes, [node], Pin("its indices are a model output"))
     placeholders = [node for node in axes.values if node.op == "placeholder" and node.users]
     used = {canonical[found.tensor_names[node.name]] for node in placeholders if node.name in found.tensor_names}
-    used |= {canonical[name] for name, other in twins(program.model).items() if canonical[other] in used}
+    used |= {canonical[name] for name, other in idle.items() if canonical[other] in used}
     for name, dims in tensors.items():
         if name not in used:
             _pin_all(dims, Pin("not used by forward"))
@@ -66,7 +67,7 @@ def infer_axes(program: Program) -> None:
     program.axes = axes
 
 
-def _tensor_dims(program: Program) -> tuple[dict[str, str], dict[str, Dims]]:
+def _tensor_dims(program: Program, idle: dict[str, str]) -> tuple[dict[str, str], dict[str, Dims]]:
     """One set of dims per distinct tensor object: tied tensors share theirs, and those of copies that do not run."""
     canonical: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -76,7 +77,7 @@ def _tensor_dims(program: Program) -> tuple[dict[str, str], dict[str, Dims]]:
         canonical[name] = first.setdefault(id(tensor), name)
         if canonical[name] == name:
             tensors[name] = dims_of(tensor.shape)
-    for name, other in twins(program.model).items():
+    for name, other in idle.items():
         if held[name].shape == held[other].shape:
             tensors[canonical[name]] = tensors[canonical[other]]
     return canonical, tensors

@@ -19,10 +19,12 @@ from graphprune.trace.skeleton import names
 @compiler_pass(requires=("plan", "axes", "groups"))
 def keep_magnitudes(program: Program) -> None:
     """Give the magnitudes of every DoRA layer whose weight loses columns their new values."""
-    axes, selection = program.need("axes"), program.selection()
-    consumed = {(m.tensor, m.dim) for group in program.need("groups") for m in group.members if m.consumes}
+    layers = list(dora_layers(program.model))
+    if not layers:
+        return
+    axes, selection, consumed = program.need("axes"), program.selection(), program.consumed()
     places = {id(tensor): axes.canonical[name] for name, tensor in names(program.model).items()}
-    for layer in dora_layers(program.model):
+    for layer in layers:
         name = places[id(layer.weight)]
         columns: Keep = {}
         for dim in range(layer.weight.ndim):
@@ -31,7 +33,7 @@ def keep_magnitudes(program: Program) -> None:
                 columns[dim] = index
         if columns:
             with torch.no_grad():
-                weight, magnitude = program.weight(layer.weight), layer.magnitude.detach()
-                before = layer.norm(layer.weight, layer.delta)
-                after = layer.norm(sliced(weight, columns), sliced(layer.delta, columns))
+                weight, delta, magnitude = program.weight(layer.weight), layer.delta(), layer.magnitude.detach()
+                before = layer.norm(layer.weight, delta)
+                after = layer.norm(sliced(weight, columns), sliced(delta, columns))
                 program.updates[id(layer.magnitude)] = magnitude * (after / before).view_as(magnitude)

@@ -56,7 +56,7 @@ def collect_slices(program: Program) -> Slices:
     """The kept indices of every sliced dimension: pass 1 the primary ones, pass 2 the secondary ones."""
     axes = program.need("axes")
     selection = program.selection()
-    consumed = {(m.tensor, m.dim) for group in program.need("groups") for m in group.members if m.consumes}
+    consumed = program.consumed()
     held = names(program.model)
     slices: Slices = {}
 

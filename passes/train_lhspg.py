@@ -18,6 +18,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.adapted import Adapted, Part
 from graphprune.passes.add_adapters import Adapters, training_pass
 from graphprune.passes.base import Pass
+from graphprune.passes.guided_scores import add, average, weighted_gradients
 from graphprune.passes.train_adapters import Training, attach, train
 from graphprune.trace.adapters import LowRank
 
@@ -77,8 +78,7 @@ class HalfSpace:
 
     def __init__(self, adapted: Adapted, counts: dict[str, int], config: Lhspg, prior: dict[str, torch.Tensor] | None):
         self._adapted, self._counts, self._config = adapted, counts, config
-        device = next(adapted.model.parameters()).device
-        self._prior = {name: scores.to(device) for name, scores in (prior or {}).items()}
+        self._prior = {name: scores.to(adapted.device) for name, scores in (prior or {}).items()}
         self._step = 0
         self._fading = {name: torch.zeros_like(adapted.gates[name], dtype=torch.bool) for name in counts}
         self._taylor: dict[str, dict[str, torch.Tensor]] = {"taylor-first": {}, "taylor-second": {}}
@@ -157,8 +157,8 @@ class HalfSpace:
                 moved.mul_(x)
                 x.square_()
                 for name, part in parts:
-                    _add(inner, name, part.sums(moved))
-                    _add(norms, name, part.sums(x))
+                    add(inner, name, part.sums(moved))
+                    add(norms, name, part.sums(x))
         return {name: factor * norms[name] + inner[name] < self._config.epsilon * norms[name] for name in inner}
 
     def saliency(self) -> dict[str, torch.Tensor]:
@@ -172,23 +172,18 @@ class HalfSpace:
             for name in self._counts:
                 if name in found[criterion]:
                     values = found[criterion][name].float()
-                    _add(total, name, weight * values / values.norm().clamp(min=torch.finfo(torch.float32).tiny))
+                    add(total, name, weight * values / values.norm().clamp(min=torch.finfo(torch.float32).tiny))
         return total
 
     def _average_taylor(self) -> None:
         first: dict[str, torch.Tensor] = {}
         with torch.no_grad():
-            for layer, parts in self._adapted.parts_by_layer():
-                gradient = layer.guided_gradient()
-                if gradient is not None:
-                    values = layer.update().add_(layer.weight()).mul_(gradient)
-                    for name, part in parts:
-                        _add(first, name, part.sums(values))
-        decay = self._config.decay
+            for values, parts in weighted_gradients(self._adapted):
+                for name, part in parts:
+                    add(first, name, part.sums(values))
         for name, values in first.items():
-            for kind, scores in (("taylor-first", values.abs()), ("taylor-second", values.square() / 2)):
-                held = self._taylor[kind].get(name)
-                self._taylor[kind][name] = scores if held is None else held.mul_(decay).add_(scores, alpha=1 - decay)
+            average(self._taylor["taylor-first"], name, values.abs(), self._config.decay)
+            average(self._taylor["taylor-second"], name, values.square() / 2, self._config.decay)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything but the gates, which :class:`Adapted` has."""
@@ -204,7 +199,7 @@ class HalfSpace:
             if kind == "fading":
                 self._fading[name].copy_(value)
             elif kind in self._taylor:
-                self._taylor[kind][name] = value.to(next(self._adapted.model.parameters()).device)
+                self._taylor[kind][name] = value.to(self._adapted.device)
 
 
 class _Callback(TrainerCallback):
@@ -237,8 +232,8 @@ def _of_weights(adapted: Adapted) -> dict[str, dict[str, torch.Tensor]]:
             }
             for name, part in parts:
                 for kind, values in kinds.items():
-                    _add(sums[kind], name, part.sums(values))
-                _add(sums["n"], name, _owned(part, weight))
+                    add(sums[kind], name, part.sums(values))
+                add(sums["n"], name, _owned(part, weight))
     magnitude = {name: values.sqrt() for name, values in sums["x"].items()}
     tiny = torch.finfo(torch.float32).tiny
     return {
@@ -255,10 +250,6 @@ def _owned(part: Part, weight: torch.Tensor) -> torch.Tensor:
     """How many weights every structure owns there."""
     size, each = part.blocks.shape
     return torch.full((size,), float(each * weight.shape[0 if part.reads else 1]), device=weight.device)
-
-
-def _add(into: dict[str, torch.Tensor], name: str, values: torch.Tensor) -> None:
-    into[name] = into[name] + values if name in into else values
 
 
 def _prior(program: Program) -> dict[str, torch.Tensor] | None:

@@ -10,7 +10,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.adapted import Adapted
 from graphprune.passes.add_adapters import Adapters, training_pass
 from graphprune.passes.base import Pass
-from graphprune.passes.guided_scores import guided_scores
+from graphprune.passes.guided_scores import average, guided_scores
 from graphprune.passes.train_adapters import Training, train
 
 
@@ -50,10 +50,8 @@ class _Masks:
         self._scores: dict[str, torch.Tensor] = {}
 
     def before_step(self) -> None:
-        decay = self._config.decay
         for name, scores in guided_scores(self._adapted).items():
-            held = self._scores.get(name)
-            self._scores[name] = scores if held is None else held.mul_(decay).add_(scores, alpha=1 - decay)
+            average(self._scores, name, scores, self._config.decay)
 
     def after_step(self) -> None:
         self._step += 1
@@ -73,8 +71,7 @@ class _Masks:
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._step = int(state["step"])
-        device = next(self._adapted.model.parameters()).device
-        self._scores = {n.removeprefix("scores."): s.to(device) for n, s in state.items() if n != "step"}
+        self._scores = {n.removeprefix("scores."): s.to(self._adapted.device) for n, s in state.items() if n != "step"}
 
 
 def train_loraprune(config: LoraPrune | None = None) -> Pass:

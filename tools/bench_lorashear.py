@@ -20,8 +20,6 @@ of LLM-Pruner's on a plain backward pass that holds all gradients. Limit: 0.6.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +28,7 @@ from typing import Any
 
 import torch
 from bench_quality import calibration_rows, evaluation_text
+from bench_scores import in_lean_process, peak_over
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,11 +36,10 @@ from torch import nn
 import graphprune
 from graphprune.compiler import _program
 from graphprune.evaluate import perplexity
-from graphprune.evaluate.memory import _CLEAR, _kilobytes
 from graphprune.io.models import load_model
 from graphprune.ir.program import Options
 from graphprune.passes import pipelines, run_passes
-from graphprune.passes.adapted import Adapted, Part
+from graphprune.passes.adapted import Adapted
 from graphprune.passes.add_adapters import Adapters, add_adapters
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
@@ -54,6 +52,7 @@ from graphprune.passes.train_adapters import Nothing, Training, train
 from graphprune.passes.train_lhspg import Lhspg, train_lhspg
 from graphprune.passes.train_loraprune import LoraPrune, train_loraprune
 from graphprune.passes.tune_adapters import tune_adapters
+from graphprune.trace.adapters import LowRank
 
 LENGTH, ROWS, SCORED = 128, 4, 32  # tokens of a row, rows of a batch, batches that LLM-Pruner scores on
 PARTS = ("memory", "correlation", "quality")
@@ -145,7 +144,7 @@ def correlation(arguments: argparse.Namespace, console: Console) -> None:
         layer.base.weight.requires_grad_(True)
     for batch in batches[arguments.warm :]:
         calibration_loss(view.model, batch, 0).backward()  # type: ignore[no-untyped-call]
-    guided, true = guided_scores(view), true_scores(view)
+    guided, true = guided_scores(view), guided_scores(view, _own_gradient)
     table = Table("block", *(kinds := ("self_attn", "mlp")), title="Spearman's rank correlation")
     for block in range(model.config.num_hidden_layers):
         cells = []
@@ -159,21 +158,10 @@ def correlation(arguments: argparse.Namespace, console: Console) -> None:
         console.print(f"{kind}: mean {sum(found) / len(found):.2f} of {len(found)} layers")
 
 
-def true_scores(view: Adapted) -> dict[str, torch.Tensor]:
-    """:func:`guided_scores` with the gradients of the weights themselves."""
-    found: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for layer, parts in view.parts_by_layer():
-            gradient = layer.base.weight.grad
-            values = (layer.weight() + layer.update()) * (gradient.T if layer.across else gradient)
-            for name, part in parts:
-                found[name] = found.get(name, 0) + _share(part, values.square())
-    return found
-
-
-def _share(part: Part, values: torch.Tensor) -> torch.Tensor:
-    sums = part.sums(values)
-    return sums / sums.norm()
+def _own_gradient(layer: LowRank) -> torch.Tensor:
+    """That of the weight itself, in shape ``(out, in)``."""
+    gradient: Any = layer.base.weight.grad
+    return gradient.T if layer.across else gradient
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -188,36 +176,31 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 def peak(name: str, what: str) -> int:
     """Bytes over the loaded model that the scores take on one batch."""
     model, _ = load_model(name, dtype=torch.float32)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.sum()  # a file that is only mapped would be read later
     batch = {"input_ids": torch.randint(0, model.config.vocab_size, (1, LENGTH)), "use_cache": False}
     view = None
     if what == "guided":
         program = _program(add_adapters(model, Adapters()), Options(), None)
         run_passes(program, pipelines.ANALYSE)
         view = Adapted(program)
-    before = _kilobytes("VmRSS")
-    _CLEAR.write_text("5")  # the most that ever was is what is now
-    if view is not None:
-        calibration_loss(view.model, batch, 0).backward()  # type: ignore[no-untyped-call]
-        guided_scores(view)
-    else:
-        calibration_loss(model, batch, 0).backward()  # type: ignore[no-untyped-call]
+
+    def work() -> None:
+        calibration_loss(view.model if view else model, batch, 0).backward()  # type: ignore[no-untyped-call]
+        if view is not None:
+            guided_scores(view)
+            return
         for parameter in model.parameters():
             if parameter.grad is not None and parameter.ndim > 1:
                 values = (parameter.detach() * parameter.grad).abs_()
                 values.sum(0), values.sum(1)
-    return 1024 * (_kilobytes("VmHWM") - before)
+
+    return peak_over(model, work)
 
 
 def memory(arguments: argparse.Namespace, console: Console) -> float:
     found = {}
     for what in ("guided", "full"):
         command = [sys.executable, __file__, str(arguments.model), "--data", str(arguments.data), "--peak", what]
-        # Memory is given back as soon as it is free, so that the peak is that of what is in use.
-        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-        found[what] = int(done.stdout.splitlines()[-1])
+        found[what] = int(in_lean_process(command))
     ratio = found["guided"] / found["full"]
     console.print(
         f"peak over the loaded model: LoRAPrune {found['guided'] / 1e6:.0f} MB, LLM-Pruner with full gradients "

@@ -11,7 +11,9 @@ a ratio of the medians is over its limit.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from graphprune.compiler import _program
+from graphprune.evaluate.memory import _CLEAR, _kilobytes
 from graphprune.io.models import load_model
 from graphprune.ir.program import Options, Program
 from graphprune.passes import pipelines, run_passes
@@ -69,6 +72,23 @@ def in_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, l
             run()
             seconds[name].append(time.process_time() - start)
     return seconds
+
+
+def peak_over(model: nn.Module, work: Callable[[], object]) -> int:
+    """Bytes that the resident memory of this process rises by, at most, while ``work`` is done with a loaded model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.sum()  # a file that is only mapped would be read later
+    before = _kilobytes("VmRSS")
+    _CLEAR.write_text("5")  # the most that ever was is what is now
+    work()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def in_lean_process(command: Sequence[str]) -> str:
+    """The last line that a command prints whose allocator gives memory back at once: its peak is what is in use."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

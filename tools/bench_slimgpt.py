@@ -18,21 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from bench_scores import Batches, forward, in_turns
+from bench_scores import Batches, forward, in_lean_process, in_turns, peak_over
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from graphprune.compiler import _program
-from graphprune.evaluate.memory import _CLEAR, _kilobytes
 from graphprune.io.models import load_model
 from graphprune.ir.program import NodeGroup, Options, Program
 from graphprune.passes import pipelines, run_passes
@@ -93,13 +90,8 @@ def seconds_of(model: Any, batches: Batches, ratio: float, repeats: int) -> dict
 
 def memory_of(model: nn.Module, batches: Batches, ratio: float) -> dict[str, int]:
     """Bytes: the peak of the passes over the loaded model, and the parts of what it may be."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.sum()  # a file that is only mapped would be read later
     program = planned(model, batches, ratio)
-    before = _kilobytes("VmRSS")
-    _CLEAR.write_text("5")  # the most that ever was is what is now
-    run_passes(program, METHODS["slimgpt"])
-    over = 1024 * (_kilobytes("VmHWM") - before)
+    over = peak_over(model, lambda: run_passes(program, METHODS["slimgpt"]))
     block = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)[0]
     mine = {id(p) for p in block.parameters()}
     inside = {name for name, p in model.named_parameters() if id(p) in mine}
@@ -152,9 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     floor = sum(seconds.values()) - seconds["slimgpt"]
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = [sys.executable, __file__, *given, "--memory"]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    memory = json.loads(done.stdout.splitlines()[-1])
+    memory = json.loads(in_lean_process(command))
     bound = sum(memory.values()) - memory["peak"]
     table = Table("", "CPU seconds, median", "ratio")
     for name, found in seconds.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ def read_texts(paths: Sequence[str | Path]) -> list[str]:
     Raises :class:`GraphPruneError` naming the file, and the row (counted from 1), that cannot be read.
     """
     return [text for path in map(Path, paths) for text in _read(path)]
+
+
+def data_of(names: Sequence[str] | None, made: Container[str]) -> str | list[str] | None:
+    """What ``--data`` of a command names: one of the inputs that are ``made``, or the texts of files."""
+    if not names:
+        return None
+    return names[0] if len(names) == 1 and names[0] in made else read_texts(names)
 
 
 def _read(path: Path) -> list[str]:

@@ -173,6 +173,10 @@ class Program:
         quantised = quantised_value(tensor) if id(tensor) not in self.updates else None
         return self.updates.get(id(tensor), tensor).detach() if quantised is None else quantised.dequantize()
 
+    def consumed(self) -> set[tuple[str, int]]:
+        """Every dimension of a parameter that is summed away: (canonical name, dimension)."""
+        return {(m.tensor, m.dim) for group in self.need("groups") for m in group.members if m.consumes}
+
     def axis_name(self, axis: Axis) -> str:
         """The name of a leaf's group with its size, or its bare size when no parameter is on it."""
         names = {find(group.axis): group.name for group in self.groups or []}

@@ -6,6 +6,7 @@ that holds such a class has imported peft, so nothing here imports it.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -205,11 +206,12 @@ def has_adapters(model: nn.Module) -> bool:
 class DoraLayer:
     """One adapter of a layer with DoRA: the weight, what is added to it, the magnitudes, and how rows are measured.
 
-    ``norm(weight, delta)`` gives ``‖weight + delta‖`` of every row, in the layout of the weight.
+    ``delta()`` makes what is added, in the layout of the weight; ``norm(weight, delta)`` gives ``‖weight + delta‖`` of
+    every row.
     """
 
     weight: torch.Tensor
-    delta: torch.Tensor
+    delta: Callable[[], torch.Tensor]
     magnitude: nn.Parameter
     norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -223,8 +225,7 @@ def dora_layers(model: nn.Module) -> Iterator[DoraLayer]:
             def norm(weight: torch.Tensor, delta: torch.Tensor, dora: Any = dora, across: bool = across) -> Any:
                 return dora.get_weight_norm(weight, delta.T if across else delta, scaling=1)
 
-            with torch.no_grad():
-                delta = layer.get_delta_weight(name)
+            delta = functools.partial(layer.get_delta_weight, name)
             yield DoraLayer(layer.get_base_layer().weight, delta, dora.weight, norm)
 
 

@@ -34,6 +34,11 @@ def names(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether any parameter has no value: on the meta device, or offloaded by accelerate."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def copy_structure(model: nn.Module, replace: Replace | None = None, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of everything but the weights: modules, configs, hooks, attributes.
 

@@ -16,9 +16,9 @@ from graphprune.passes.add_adapters import Adapters, training_pass
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.train_loraprune import LoraPrune, _Masks
 from graphprune.trace.quantised import is_quantised
-from tests.passes.test_adapted import TOKENS, plain
+from tests.passes.test_adapted import plain
+from tests.passes.test_train_lhspg import DATA, logits
 
-DATA = torch.randint(0, 97, (12, 10), generator=torch.Generator().manual_seed(2))
 aten = torch.ops.aten
 
 
@@ -54,11 +54,6 @@ def quantised(model: nn.Module) -> nn.Module:
             codes = (module.weight.detach() / scale).round().to(torch.int8)
             module.weight = nn.Parameter(Int8(codes, scale), requires_grad=False)
     return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
 
 
 def test_loraprune_on_an_int8_base() -> None:

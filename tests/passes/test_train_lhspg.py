@@ -52,7 +52,7 @@ def test_exactly_the_wanted_structures_are_zero_and_slicing_changes_nothing(
         config = Lhspg(**QUICK, training=Training(optimizer, lr=0.01))
         half_space = HalfSpace(view, counts, config, program.scores)
         train(program, view, config.training, config.steps, half_space)
-        seen.update(zero=half_space.zero, counts=counts, logits=logits(view.model), names=view.names())
+        seen.update(zero=half_space.zero, counts=counts, logits=logits(view.model))
 
     model = plain(kind)
     restored = snapshot(model)
