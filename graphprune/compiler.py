@@ -164,7 +164,7 @@ def compile(
         emit=emit,
     )
     how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
-    if unprunable_ratio:
+    if unprunable_ratio and plan is None:
         how = (analyze_knowledge(unprunable_ratio), *how)
     if plan is None and passes is None and method != "random":
         _check_weights_are_here(model)
