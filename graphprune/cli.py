@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--experts", action="store_true", help="also prune whole experts of mixtures")
     prune.add_argument("--seed", type=int, default=0)
+    prune.add_argument("--device", metavar="NAME", help="where data runs, such as cuda; weights come block by block")
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
     prune.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -147,6 +148,7 @@ def _prune(options: argparse.Namespace) -> None:
             samples=options.samples,
             length=options.length,
             seed=options.seed,
+            device=options.device,
             verify=not options.no_verify,
             inplace=True,
             progress=status.update,

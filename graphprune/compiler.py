@@ -26,6 +26,7 @@ from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.passes.score.taylor import AGGREGATIONS
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
+from graphprune.trace.dispatched import gathered, is_dispatched, main_device
 from graphprune.trace.inputs import example_inputs_for, normalise
 from graphprune.trace.skeleton import is_on_meta, names
 
@@ -54,6 +55,7 @@ def compile(
     samples: int | None = None,
     length: int = 128,
     seed: int = 0,
+    device: str | torch.device | None = None,
     verify: bool = True,
     inplace: bool = False,
     emit: str = "module",
@@ -68,7 +70,9 @@ def compile(
 
     Args:
         model: any module; inputs are found by themselves for Hugging Face models. On the meta device only the plan
-            is made real: the result is a smaller meta model.
+            is made real: the result is a smaller meta model. One that accelerate has dispatched (``device_map=``, with
+            parts on several devices, in host memory or on disk) is gathered in host memory, data run through it on its
+            main device, and the result is in host memory, without hooks.
         ratio: parameters to remove / all parameters, in (0, 1); reached to within one structure.
         method: how structures are chosen (:mod:`graphprune.passes.methods`). ``"ppm"`` (the default), ``"wanda-sp"``,
             ``"flap"`` and ``"slimgpt"`` look at what runs through the model, ``"llm-pruner"`` at gradients,
@@ -121,6 +125,8 @@ def compile(
             a removed one, in the pruned model as in the original it is compared with. As many stay as it chooses.
         samples, length, seed: rows of calibration data (by default 32, and 8 of snippets), tokens per row, and the seed
             of every draw.
+        device: where calibration data runs, such as ``"cuda"`` for a model in host memory; by default where the model
+            is. Weights come to it as operators need them, and those of one block stay: it never holds the model.
         verify: run the oracle (see :mod:`graphprune.passes.verify`).
         inplace: change ``model`` itself, one tensor at a time, to save memory; verified before anything is changed.
         emit: ``"module"`` for the same class, or ``"graph"`` for a :class:`torch.fx.GraphModule`, for models whose
@@ -157,20 +163,30 @@ def compile(
         width=width or (plan is not None and plan.width),
         experts=experts or (plan is not None and plan.experts),
         seed=seed,
+        device=device,
         samples=samples,
         length=length,
         verify=verify,
         inplace=inplace,
         emit=emit,
     )
+    if device is not None:
+        _check_device(device)
     how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
     if unprunable_ratio and plan is None:
         how = (analyze_knowledge(unprunable_ratio), *how)
-    if plan is None and passes is None and method != "random":
-        _check_weights_are_here(model)
     trains = any(step.prepare is not None for step in how)
     if inplace and trains:
         raise GraphPruneError(f"{method!r} trains a copy with adapters, so it cannot prune in place.")
+    if trains and device is not None:
+        raise GraphPruneError(f"{method!r} trains where the model is: move it there, and leave out device=.")
+    if is_dispatched(model):
+        if inplace:
+            raise GraphPruneError("inplace cannot change a model that accelerate has dispatched: leave it out.")
+        options.device = main_device(model) if device is None else device
+        model = gathered(model)
+    if plan is None and passes is None and method != "random":
+        _check_weights_are_here(model)
     traced = _prepared(model, how)
     options.merge = trains if merge is None else merge
     program = _program(traced, options, example_inputs)
@@ -209,6 +225,8 @@ def inspect(
     Raises :class:`GraphPruneError` when the model cannot be traced.
     """
     _check_model(model)
+    if is_dispatched(model):
+        model = gathered(model)
     options = Options(inner_axes=inner_axes, width=width, experts=experts, emit=emit)
     program = _program(model, options, example_inputs)
     run_passes(program, pipelines.ANALYSE)
@@ -232,9 +250,15 @@ def _require_gradients_as(model: nn.Module, pruned: nn.Module) -> None:
 def _check_weights_are_here(model: nn.Module) -> None:
     if is_on_meta(model):
         raise GraphPruneError(
-            "The model is on the meta device, or accelerate has offloaded part of it to there, so there is nothing to "
-            "score: load all of it (without an offloading device_map), or use method='random'."
+            "The model is on the meta device, so there is nothing to score: load its weights, or use method='random'."
         )
+
+
+def _check_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise GraphPruneError(f"device={device!r} cannot be used here: {error}") from None
 
 
 def _pipeline(program: Program, how: tuple[Pass, ...]) -> tuple[Pass, ...]:

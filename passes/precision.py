@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from graphprune.trace.operators import METADATA, writes_first
+
 Substitute = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,9 +44,9 @@ class _Running(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.dtype is not None and func in _CASTS:
             return self._convert(args[0]).to(self.dtype)
-        if func not in _METADATA:
+        if func not in METADATA:
             # What an in-place operator writes to must stay the tensor it is.
-            first = 1 if _writes_first(func) else 0
+            first = 1 if writes_first(func) else 0
             args = (*args[:first], *(self._convert(a) for a in args[first:]))
             kwargs = {key: value if key == "out" else self._convert(value) for key, value in kwargs.items()}
         if func is torch._grouped_mm and args[0].dtype is torch.float64:
@@ -81,25 +83,3 @@ def _grouped_mm(
     pieces = [x[start:end] @ one for start, end, one in zip([0, *ends], ends, weight, strict=False)]
     rest = x.new_zeros(len(x) - ends[-1], weight.shape[-1])
     return torch.cat([*pieces, rest])
-
-
-# Asked often, and the same for a tensor and its substitute: not worth a conversion.
-_METADATA = {
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.is_floating_point,
-}
-
-
-def _writes_first(func: Any) -> bool:
-    name = str(getattr(func, "__name__", "")).partition(".")[0]
-    return name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
-
-
-# ``x[i] = y``, ``x.data = y`` and ``x += y`` with its like.
-_IN_PLACE = "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul"
-_ASSIGNMENTS = {"__setitem__", "__set__"} | {f"__i{name}__" for name in _IN_PLACE.split(" ")}

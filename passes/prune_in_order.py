@@ -27,6 +27,7 @@ from graphprune.passes.lockstep import Lockstep
 from graphprune.passes.score import scores_of
 from graphprune.passes.score.registry import factors_of
 from graphprune.passes.select_structures import in_order, make_plan
+from graphprune.trace.placement import placed
 from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
 
@@ -141,7 +142,11 @@ class _Operation:
 
         def work(batch: dict[str, Any]) -> None:
             try:
-                with torch.no_grad(), Consumers((site.weight for site in self._sites.values()), self._see):
+                with (
+                    torch.no_grad(),
+                    placed(scratch, self.program.device),
+                    Consumers((site.weight for site in self._sites.values()), self._see),
+                ):
                     scratch(**batch)
             except _Finished:
                 return
@@ -167,14 +172,14 @@ class _Operation:
         for key, site in self._sites.items():
             assert site.pruned is not None
             if self._adapts(site):
-                self.program.updates[key] = site.pruned
+                self.program.updates[key] = site.pruned.to(site.weight.device)
             if site.bias is None or site.offset is None:
                 continue
             if site.bias.new is not None:
-                self.program.new_biases[site.bias.new] = site.offset.to(site.weight.dtype)
+                self.program.new_biases[site.bias.new] = site.offset.to(site.weight)
             elif site.bias.name is not None:
                 old = tensors[site.bias.name]
-                self.program.updates[id(old)] = (old.detach() + site.offset).to(old.dtype)
+                self.program.updates[id(old)] = (old.detach() + site.offset.to(old.device)).to(old.dtype)
 
     def _adapts(self, site: _Site) -> bool:
         canonical = self.program.need("axes").canonical
@@ -195,7 +200,7 @@ class _Operation:
         if site.cut is None:
             site.product = product
             found = matrices(site.weight.detach(), site.dim, product, conv_groups(product, args, kwargs))
-            site.cut = self.make(found.to(dtype, copy=True))
+            site.cut = self.make(found.to(seen.device, dtype, copy=True))
         site.cut.see(seen.to(dtype))
 
     def _solve(self, site: _Site) -> None:
@@ -204,9 +209,9 @@ class _Operation:
             dtype = torch.promote_types(dense.dtype, torch.float32)
             site.cut = self.make(matrices(dense, site.dim, None).to(dtype, copy=True))
         cut = site.cut
-        gone = torch.zeros(cut.weight.shape[-1], dtype=torch.bool, device=dense.device)
+        gone = torch.zeros(cut.weight.shape[-1], dtype=torch.bool, device=cut.weight.device)
         for group in site.groups:
-            blocks = self._blocks(site, group, len(gone))
+            blocks = self._blocks(site, group, len(gone)).to(gone.device)
             try:
                 if group.name in self.removed:
                     cut.remove(blocks[self.removed[group.name].to(blocks.device)].flatten())
@@ -219,7 +224,10 @@ class _Operation:
             gone[blocks[self.removed[group.name].to(blocks.device)].flatten()] = True
         if not self._adapts(site):
             groups = len(cut.weight) if site.product is not None and site.product.convolution else 1
-            cut.weight = matrices(dense, site.dim, site.product, groups).masked_fill(gone, 0)
+            cut.weight = matrices(dense.to(gone.device), site.dim, site.product, groups).masked_fill(gone, 0)
+        for other in self._by_place.values():  # all data is past those: what they hold need not be on the device
+            if other.place < site.place and other.pruned is not None:
+                other.pruned = other.pruned.to(other.weight.device)
         site.pruned, site.offset = put_matrices(cut.weight, dense, site.dim, site.product), cut.offset
         site.cut = None
         self._left -= 1
@@ -228,7 +236,7 @@ class _Operation:
         """The columns that each index of a group owns: int64 of shape ``(size, columns per index)``."""
         axis = self.program.need("axes").tensors[site.name][site.dim]
         owners = owners_of(axis, find(group.axis)).repeat_interleave(columns // axis.size)
-        return positions_of(owners, group.size).to(site.weight.device)
+        return positions_of(owners, group.size)
 
 
 def owners_of(axis: Axis, leaf: Axis) -> torch.Tensor:

@@ -15,7 +15,8 @@ goes on where the last one stopped. A cell that failed is reported with the last
 has failed; everyone that takes data gets the same tokens (``--samples`` rows of ``--length``, drawn from C4). Every
 method and package has a short list of settings (``SETTINGS``), all of which are tried at every ratio: the tables show
 the one with the lowest perplexity at the first of ``--lengths``, for all alike. What sparing the outer blocks makes
-impossible (half of all parameters from the FFNs) is among the failed cells.
+impossible (half of all parameters from the FFNs) is among the failed cells. ``--first`` tries only the first setting of
+each that can be reached at a ratio: of ours the method's own allocation, of other packages the sparing one.
 
 **Other packages** prune FFN channels, with and without sparing the first three and last two blocks, in place:
 
@@ -271,6 +272,8 @@ class Scoreboard:
             known = self.kept.result(cell)
             if known is not None and not (self.arguments.retry and "failed" in known):
                 continue
+            if self.arguments.first and self.best(cell.method, cell.ratio) and "tasks" not in cell.measures:
+                continue
             kind = "tasks" if "tasks" in cell.measures else "perplexity"
             what = f"{cell.method} {cell.ratio:.0%} {json.dumps(cell.setting)}"
             print(f"{number:4} of {len(cells)}  {kind}  {what}", file=sys.stderr, flush=True)
@@ -324,6 +327,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, default=64, help="rows to calibrate on (default %(default)s)")
     add("--length", type=int, default=256, help="tokens per row (default %(default)s)")
     add("--timeout", type=float, default=7200, metavar="S", help="seconds for one cell (default %(default)s)")
+    add("--first", action="store_true", help="only the first setting of each method that can be reached")
     add("--retry", action="store_true", help="do cells that failed again")
     arguments = parser.parse_args(argv)
     if arguments.tasks == []:

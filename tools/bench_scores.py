@@ -60,7 +60,7 @@ def analysed(model: nn.Module, batches: Batches) -> Program:
 def statistics_of(program: Program, batches: Batches) -> None:
     held = names(program.model)
     norms = InputMoments(held[name] for _, name, _ in weight_contractions(program))
-    run_calibration(program.model, batches, norms, program.need("trace").written)
+    run_calibration(program.model, batches, norms, program.need("trace").written, program.device)
 
 
 def in_turns(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -205,7 +205,7 @@ def _say(program: Program) -> Say:
 
 
 def _checked(program: Program, batches: Iterable[Batch]) -> list[Batch]:
-    device = next(program.model.parameters()).device
+    device = program.device
     caches = config_of(program.model) is not None and "use_cache" in parameter_names(program.model)
     checked = []
     for n, batch in enumerate(batches):

@@ -21,6 +21,7 @@ from graphprune.data.forward_arguments import by_name, config_of, first_tensor, 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.trace.inputs import longest_row, plain_tokens, special_tokens
+from graphprune.trace.placement import placed
 from graphprune.trace.quiet import REFUSALS, seeded, without_hooks
 from graphprune.trace.skeleton import scratch_copy
 
@@ -91,7 +92,7 @@ def vocabulary(model: nn.Module) -> torch.Tensor | None:
 
 def _token_batches(program: Program, example: Batch, generator: torch.Generator) -> list[Batch]:
     tokens, shape = _tokens_to_draw(program)
-    device = next(program.model.parameters()).device
+    device = program.device
     names = [
         name
         for name, value in example.items()
@@ -190,7 +191,7 @@ def _accepts(program: Program, batch: Batch) -> bool:
     """Whether forward runs on what was made."""
     scratch = scratch_copy(program.model, program.need("trace").written)
     try:
-        with torch.no_grad(), without_hooks(scratch):
+        with torch.no_grad(), without_hooks(scratch), placed(scratch, program.device):
             scratch(**batch)
     except REFUSALS:
         return False
@@ -243,8 +244,8 @@ def _written(program: Program, tokens: torch.Tensor, count: int, length: int, at
     starts = _draw(tokens, (count, 1), torch.Generator().manual_seed(options.seed))
     scratch: Any = scratch_copy(model, program.need("trace").written)
     texts: list[torch.Tensor] = []
-    with torch.no_grad(), without_hooks(scratch), seeded(options.seed):
-        for part in starts.to(next(model.parameters()).device).split(at_once):
+    with torch.no_grad(), without_hooks(scratch), placed(scratch, program.device), seeded(options.seed):
+        for part in starts.to(program.device).split(at_once):
             where = f"sampling texts {len(texts) * at_once + 1} to {len(texts) * at_once + len(part)} of {count}"
             texts.append(_continued(program, scratch, part, length, where))
     return torch.cat(texts)

@@ -122,6 +122,7 @@ class Options:
     inplace: bool = False
     emit: str = "module"
     merge: bool = False
+    device: str | torch.device | None = None
 
 
 @dataclass
@@ -157,6 +158,12 @@ class Program:
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
     _selection: tuple[Plan, Selection] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where calibration data runs; weights that are elsewhere come there as they are needed."""
+        chosen = self.options.device
+        return next(self.model.parameters()).device if chosen is None else torch.device(chosen)
 
     def need(self, name: str) -> Any:
         """A field that an earlier pass must have set."""

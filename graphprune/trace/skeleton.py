@@ -35,7 +35,7 @@ def names(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def is_on_meta(model: nn.Module) -> bool:
-    """Whether any parameter has no value: on the meta device, or offloaded by accelerate."""
+    """Whether any parameter has no value."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 

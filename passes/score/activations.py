@@ -16,6 +16,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.build_node_groups import weight_contractions
 from graphprune.passes.consumers import Consumers, Product, channels_seen_by
 from graphprune.passes.score.registry import ScoredWeights, Scores, add_positions, factors_of
+from graphprune.trace.placement import placed
 from graphprune.trace.quiet import REFUSALS, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
 
@@ -68,15 +69,19 @@ class InputMoments(Consumers):
 
 
 def run_calibration(
-    model: nn.Module, batches: list[dict[str, Any]], mode: TorchFunctionMode, written: Iterable[str]
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    mode: TorchFunctionMode,
+    written: Iterable[str],
+    device: torch.device,
 ) -> None:
     """Run batches under ``mode`` through a copy of the model that shares its weights; the model stays as it is.
 
-    ``written`` names the tensors that forward writes to.
+    ``written`` names the tensors that forward writes to; operators run on ``device``.
     """
     scratch = scratch_copy(model, written)
     try:
-        with torch.no_grad(), without_hooks(scratch), mode:
+        with torch.no_grad(), without_hooks(scratch), placed(scratch, device), mode:
             for batch in batches:
                 scratch(**batch)
     except REFUSALS as error:
@@ -97,7 +102,7 @@ def input_moments(program: Program, batches: list[dict[str, Any]]) -> dict[str, 
     tensors = names(program.model)
     consumers = {name for name, _ in consumers_of(program)}
     mode = InputMoments(tensors[name] for name in consumers)
-    run_calibration(program.model, batches, mode, program.need("trace").written)
+    run_calibration(program.model, batches, mode, program.need("trace").written, program.device)
     return {name: mode.found[id(tensors[name])] for name in sorted(consumers) if id(tensors[name]) in mode.found}
 
 

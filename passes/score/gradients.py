@@ -37,6 +37,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.score.loss import calibration_loss, count_samples, single_samples
 from graphprune.trace.inputs import forward_parameters
+from graphprune.trace.placement import placed
 from graphprune.trace.quiet import REFUSALS, seeded, without_hooks
 from graphprune.trace.skeleton import copy_structure, names
 
@@ -58,15 +59,20 @@ def each_gradient(program: Program, wanted: Iterable[str], use: Use, squares: bo
     if squares:
         batches = [sample for batch in batches for sample in single_samples(batch)]
     model, parameters = _differentiable_copy(program, wanted)
-    device = next(program.model.parameters()).device
     sums = _Sums(parameters, sum(map(count_samples, batches)), squares, use)
 
     def run(batch: dict[str, Any]) -> torch.Tensor:
-        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
+        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(program.device), batch)
         return _finite(calibration_loss(model, batch, program.options.seed))
 
     try:
-        with seeded(program.options.seed), torch.inference_mode(False), torch.enable_grad(), without_hooks(model):
+        with (
+            seeded(program.options.seed),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            without_hooks(model),
+            placed(model, program.device),
+        ):
             if "use_cache" in forward_parameters(model):
                 model.forward = functools.partial(model.forward, use_cache=False)  # type: ignore[method-assign]
             if len(batches) == 1:

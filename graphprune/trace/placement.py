@@ -1,0 +1,89 @@
+"""Run a model on a device that does not hold its weights: each comes when an operator needs it.
+
+What calibration needs on the device is then one block, its activations and what a pass collects, however large the
+model is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from graphprune.trace.operators import METADATA, writes_first
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Every operator inside runs on ``device``, wherever the weights of ``model`` and what comes of them are.
+
+    A copy of what was used last is kept, as many bytes as the largest block has (an item of an ``nn.ModuleList``, or
+    the largest parameter), so that several batches that run from one operator to the same other one share it.
+    Gradients go back to the weights where these are. Does nothing when all of the model is on ``device``.
+    """
+    device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
+    held = (*model.parameters(), *model.buffers())
+    if all(tensor.device == device for tensor in held):
+        yield
+        return
+    with Placed(device, _largest_block(model)):
+        yield
+
+
+def _largest_block(model: nn.Module) -> int:
+    """Bytes of the largest item of a ``ModuleList``; without one, of the largest parameter."""
+    blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
+    sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
+    return max(sizes or [p.numel() * p.element_size() for p in model.parameters()], default=0)
+
+
+class Placed(TorchFunctionMode):
+    """See :func:`placed`; ``most`` is the number of bytes that are kept, and ``moved`` that of all that came."""
+
+    def __init__(self, device: torch.device, most: int):
+        super().__init__()
+        self.moved = 0
+        self._device, self._most = device, most
+        self._here: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()  # id → what it is, its copy
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func == torch.Tensor.device.__get__:
+            return self._device
+        if func in METADATA or getattr(func, "__name__", "") in ("__get__", "__set__", "to", "detach"):
+            return func(*args, **kwargs)
+        if writes_first(func) and isinstance(args[0], torch.Tensor) and not self._is_here(args[0]):
+            there = args[0].device  # what it writes to stays the tensor it is
+            args = (args[0], *tree_map_only(torch.Tensor, lambda tensor: tensor.to(there), args[1:]))
+            return func(*args, **tree_map_only(torch.Tensor, lambda tensor: tensor.to(there), kwargs))
+        args, kwargs = tree_map_only(torch.Tensor, self._bring, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return tensor.device == self._device
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._is_here(tensor):
+            return tensor
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return self._copy(tensor)  # a copy belongs to the graph that it is made in
+        if id(tensor) not in self._here:
+            self._here[id(tensor)] = (tensor, self._copy(tensor))
+            while len(self._here) > 1 and sum(_bytes(copy) for _, copy in self._here.values()) > self._most:
+                self._here.popitem(last=False)
+        self._here.move_to_end(id(tensor))
+        return self._here[id(tensor)][1]
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.moved += _bytes(tensor)
+        return tensor.to(self._device)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
