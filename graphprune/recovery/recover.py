@@ -1,0 +1,240 @@
+"""Train a pruned model back to what it knew: LoRAShear's dynamic knowledge recovery (arXiv 2310.18356, Alg. 5)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
+
+from graphprune.data.corpus import Corpus
+from graphprune.errors import GraphPruneError
+from graphprune.io import fingerprint
+from graphprune.io.atomic import replace_file
+from graphprune.io.checked_json import of_kind, read_json, take
+from graphprune.passes.add_adapters import add_adapters
+from graphprune.recovery.checkpoints import last_whole
+from graphprune.recovery.mixture import Weights
+from graphprune.recovery.settings import Recovery
+from graphprune.recovery.trainer import RecoveryTrainer, losses_in
+from graphprune.trace.adapters import has_adapters
+from graphprune.trace.quiet import REFUSALS
+from graphprune.trace.skeleton import frozen_copy
+
+Say = Callable[[str], None]
+STAGES = ("pretraining", "instruct")
+_ADAPTER, _DONE = "adapter.safetensors", "stage.json"
+
+
+@dataclass
+class Round:
+    """The weights that a round was mixed by, and the validation loss of every source after it, in nats per token."""
+
+    weights: Weights
+    losses: dict[str, float]
+
+
+@dataclass
+class Stage:
+    """What became of one stage; ``best`` is the number of rounds after which the model was taken (0: as it came)."""
+
+    name: str
+    dense: dict[str, float] | None
+    start: dict[str, float]
+    rounds: list[Round] = field(default_factory=list)
+    steps: list[tuple[int, float]] = field(default_factory=list)  # number, training loss
+    best: int = 0
+
+
+@dataclass
+class Recovered:
+    """A pruned model with what it learned merged into its weights, and how it learned it."""
+
+    model: nn.Module
+    stages: list[Stage]
+
+
+def recover(
+    model: nn.Module,
+    corpora: Sequence[Corpus],
+    folder: str | Path,
+    *,
+    dense: nn.Module | None = None,
+    settings: Recovery | None = None,
+    progress: Say | None = None,
+) -> Recovered:
+    """Train LoRA on a mixture of sources that follows what the model lost on them, and merge it.
+
+    A stage over the pretraining sources comes first, then one over those of instructions. In each, rounds of
+    ``round_steps`` are mixed by how far the validation loss of every source is above that of ``dense``, the model
+    before it was pruned; a stage ends when the mean validation loss no longer falls (``patience``), and the best round
+    is kept.
+
+    Runs in one process, or in several under ``accelerate launch`` (then every process calls it with the same
+    arguments). What it has done is kept in ``folder``: the same call goes on where an interrupted one stopped, with the
+    same losses. The model is not changed.
+
+    Args:
+        model: a causal language model; pruned or not.
+        corpora: what to train on; :func:`graphprune.data.corpus.prepare`.
+        folder: for checkpoints and logs.
+        dense: the full model, for ``mixing="dynamic"`` and for distillation. Only its losses are wanted otherwise.
+
+    Raises :class:`GraphPruneError` for a folder of another run, for settings that need ``dense`` without it, and when
+    the model cannot run the rows.
+    """
+    settings, folder = settings or Recovery(), Path(folder)
+    if dense is None and (settings.mixing == "dynamic" or settings.distill):
+        raise GraphPruneError("mixing='dynamic' and distill= compare with the full model: give dense=.")
+    if not corpora:
+        raise GraphPruneError("There is nothing to train on: corpora= is empty.")
+    if has_adapters(model):
+        raise GraphPruneError("The model has adapters already: merge them (compile(…, merge=True)) before recovery.")
+    run = _Run(folder, settings, progress or (lambda text: None))
+    run.begin(model, corpora)
+    stages, adapter = [], None
+    for name, instruct in zip(STAGES, (False, True), strict=True):
+        of_stage = [corpus for corpus in corpora if corpus.instruct is instruct]
+        if of_stage:
+            try:
+                stages.append(run.stage(name, _adapted(model, settings, adapter), of_stage, dense))
+            except (*REFUSALS, OSError) as error:
+                raise GraphPruneError(
+                    f"Recovery stopped in the stage {name}: {type(error).__name__}: {error}. What was done is kept in "
+                    f"{folder}; the same call goes on from there."
+                ) from error
+            adapter = folder / name / _ADAPTER if stages[-1].best else adapter
+    return Recovered(_merged(model, _adapted(model, settings, adapter)), stages)
+
+
+def _adapted(model: nn.Module, settings: Recovery, adapter: Path | None) -> Any:
+    """A copy of the model that shares its weights, with LoRA: as kept in a file, or new and doing nothing."""
+    from peft import set_peft_model_state_dict
+
+    adapted = add_adapters(model, settings.adapters, settings.seed)
+    if adapter is not None:
+        set_peft_model_state_dict(adapted, load_file(adapter))
+    return adapted
+
+
+def _merged(model: nn.Module, adapted: Any) -> nn.Module:
+    """The model inside with the adapters in its weights, which train, and are in the mode, as those of ``model``."""
+    merged = adapted.merge_and_unload(safe_merge=True).train(model.training)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(wanted[name])
+    return merged
+
+
+@dataclass
+class _Run:
+    """A folder with a checkpoint for every stage, and files that say what they belong to."""
+
+    folder: Path
+    settings: Recovery
+    say: Say
+
+    def begin(self, model: nn.Module, corpora: Sequence[Corpus]) -> None:
+        """Note what the run is of, or check that it is the same as before."""
+        plain = {k: v for k, v in vars(self.settings).items() if k not in ("rows_at_once", "report_to", "trainer")}
+        of = fingerprint.fingerprint(
+            fingerprint.of_model(model), repr(sorted(plain.items())), *(corpus.fingerprint for corpus in corpora)
+        )
+        path = self.folder / "run.json"
+        with PartialState().main_process_first():
+            if not path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                replace_file(path, json.dumps({"of": of}))
+        if take(read_json(path), "of", str, str(path)) != of:
+            raise GraphPruneError(
+                f"{self.folder} holds the recovery of another model, other data or other settings: give another "
+                "folder, or delete it."
+            )
+
+    def stage(self, name: str, adapted: nn.Module, corpora: list[Corpus], dense: nn.Module | None) -> Stage:
+        """Train through a stage, or what is left of it; the adapters of its best round are in a file then."""
+        folder = self.folder / name
+        if (folder / _DONE).exists():
+            return _read_stage(folder / _DONE)
+        before = None if dense is None else self._losses(folder / "dense.json", f"{name}: full model", dense, corpora)
+        start = self._losses(folder / "start.json", f"{name}: before", adapted, corpora)
+        trainer = RecoveryTrainer(
+            adapted,
+            corpora,
+            self.settings,
+            folder,
+            start=start,
+            dense=before,
+            teacher=frozen_copy(dense) if dense is not None and self.settings.distill else None,
+            callbacks=[_Progress(self.say, name)],
+        )
+        with trainer.accelerator.main_process_first():  # it removes what is not whole
+            found = last_whole(folder)
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+        stage = _stage(name, trainer, before, start)
+        if trainer.accelerator.is_main_process:
+            if stage.best:
+                best = folder / Path(str(trainer.state.best_model_checkpoint)).name
+                _copy(best / "adapter_model.safetensors", folder / _ADAPTER)
+            replace_file(folder / _DONE, json.dumps(asdict(stage)))
+        trainer.accelerator.wait_for_everyone()
+        return stage
+
+    def _losses(self, path: Path, what: str, model: nn.Module, corpora: list[Corpus]) -> dict[str, float]:
+        """The validation losses of a model, measured once."""
+        if path.exists():
+            held = take(read_json(path), "losses", dict, str(path))
+            return {name: float(of_kind(loss, (int, float), str(path))) for name, loss in held.items()}
+        self.say(f"{what}: measuring {', '.join(corpus.name for corpus in corpora)}")
+        # On a copy: what accelerate has prepared to be measured it does not prepare to be trained in parallel.
+        trainer = RecoveryTrainer(frozen_copy(model), corpora, self.settings, path.parent)
+        metrics = trainer.evaluate()
+        losses = {corpus.name: metrics[f"eval_{corpus.name}_loss"] for corpus in corpora}
+        if trainer.accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, json.dumps({"losses": losses}))
+        trainer.accelerator.wait_for_everyone()
+        return losses
+
+
+def _stage(name: str, trainer: RecoveryTrainer, dense: dict[str, float] | None, start: dict[str, float]) -> Stage:
+    log = trainer.state.log_history
+    losses = [found for entry in log if (found := losses_in(entry)) is not None]
+    rounds = [Round(weights, after) for weights, after in zip(trainer.mixtures(), losses, strict=False)]
+    steps = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
+    means = [sum(found.values()) / len(found) for found in (start, *losses)]
+    return Stage(name, dense, start, rounds, steps, means.index(min(means)))
+
+
+def _read_stage(path: Path) -> Stage:
+    held, where = read_json(path), str(path)
+    rounds = [Round(take(one, "weights", dict, where), take(one, "losses", dict, where)) for one in held["rounds"]]
+    steps = [(int(number), float(loss)) for number, loss in take(held, "steps", list, where)]
+    start, best = take(held, "start", dict, where), take(held, "best", int, where)
+    return Stage(take(held, "name", str, where), held.get("dense"), start, rounds, steps, best)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file that is there with all that is in it, or as it was."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(source, partial)
+    os.replace(partial, target)
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, say: Say, name: str):
+        self._say, self._name = say, name
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self._say(f"{self._name}: step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
+        elif state.is_world_process_zero and logs and "eval_mean_loss" in logs:
+            self._say(f"{self._name}: step {state.global_step}, mean validation loss {logs['eval_mean_loss']:.3f}")
