@@ -4,15 +4,9 @@
 when all documents are read is it known which of them to hold out; then rows go from there to shards, and the spool is
 removed. What was prepared from the same data, with the same tokenizer and settings, is opened as it is.
 
-**Documents.** A document of pretraining text is split into paragraphs, the longest pieces without an empty line. Those
-of at most ``shortest`` tokens are left out; so are control characters and halves of surrogate pairs. What is left,
-joined by empty lines again, is tokenised and ends with the EOS token. Documents are joined and cut into rows.
-
-**Validation.** Whole documents are held out, in the order of a hash of their tokens and the seed: a uniform sample,
-whatever order they come in. A document that occurs again is held out each time. As a long document would fill all of
-the validation rows, each gives at most so many rows, from a random place, as keeps what is held out below an eighth of
-the source (or a quarter, or what training can spare). What else a held-out document has is not used, and documents that
-are too long for that share are not held out. Of instructions, examples are held out.
+What is left out of documents is said in :mod:`graphprune.data.paragraphs` and :mod:`graphprune.data.instructions`, what
+is held out in :mod:`graphprune.data.held_out`. Documents of pretraining text end with the EOS token, and are joined and
+cut into rows; of instructions each is a row.
 """
 
 from __future__ import annotations
@@ -22,10 +16,9 @@ import hashlib
 import json
 import re
 import shutil
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -35,9 +28,12 @@ import numpy as np
 from filelock import FileLock
 
 from graphprune.data import instructions, shards
+from graphprune.data.held_out import held_documents, held_examples
 from graphprune.data.instructions import tokenise
+from graphprune.data.paragraphs import ALL, SHORT, encode_texts
 from graphprune.data.shards import Rows, Shard, Written
 from graphprune.data.sources import Source, add_document, check_names, digest, documents
+from graphprune.data.spool import Spool
 from graphprune.data.texts import Say, silent
 from graphprune.errors import GraphPruneError
 from graphprune.io.checked_json import of_kind, read_json, take
@@ -48,12 +44,10 @@ __all__ = ["Corpus", "Rows", "open_corpus", "prepare"]
 FORMAT = 1
 INDEX = "index.json"
 _SHARD_NAME = re.compile(r"(?:train|validation)-[0-9]{5}\.safetensors")
+_SPOOL = ".spool.partial"
 _FOLDER_NAME = re.compile(r".+-[0-9a-f]{20}")
 _AT_ONCE = 64  # documents that are tokenised together
 _PROBE = "The quick brown fox (née 狐) can't jump 3.14 times;\n\n\tit sleeps."
-_ALL = "paragraphs"  # among what is dropped: how many there were
-_EMPTY_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -92,6 +86,27 @@ class _Settings:
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
                 why = ": training needs as many rows as validation" if name == "most" else ""
                 raise GraphPruneError(f"{name}= is an integer of at least {smallest}{why}; not {value!r}.")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a call is about, whatever the source: ``tokens_by`` is the fingerprint of the tokenizer."""
+
+    tokenizer: Any
+    tokens_by: str
+    folder: Path
+    settings: _Settings
+    say: Say
+
+    def key(self, source: Source, of_data: str) -> str:
+        """The fingerprint of what is prepared from a source whose data has that one."""
+        told = {**dataclasses.asdict(self.settings), "instruct": source.instruct, "format": FORMAT}
+        if source.instruct:
+            del told["shortest"]  # it is of paragraphs
+        return fingerprint(json.dumps(told, sort_keys=True), self.tokens_by, of_data)
+
+    def target(self, source: Source, key: str) -> Path:
+        return self.folder / f"{source.name}-{key[:20]}"
 
 
 def prepare(
@@ -179,40 +194,52 @@ def _shard(folder: Path, said: Any, instruct: bool, where: str) -> Shard:
 # ---------------------------------------------------------------------------------------------------------- preparing
 
 
-def _prepared(source: Source, tokenizer: Any, folder: Path, settings: _Settings, say: Say) -> Corpus:
+def _prepared(source: Source, job: _Job) -> Corpus:
     known = digest(source)
-    key = None if known is None else _fingerprint(source, tokenizer, settings, known)
-    if key is not None and (done := _done(source, folder, key)) is not None:
-        say(f"opening {source.name}")
-        return done
+    key = None if known is None else job.key(source, known)
+    done = None if key is None else _done(source, job, key)
+    if done is None:
+        with _locked(job.folder):
+            _remove_orphans(job.folder)
+            done = None if key is None else _done(source, job, key)  # by another process, while this one waited
+            done = done or _made(source, job, key)
+    job.say(f"{source.name}: {len(done.train):,} rows to train on, {len(done.validation):,} to validate with")
+    return done
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder, and be the only one who prepares there; the system lets go when a process is killed."""
+    lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise shards.not_written(folder, 0, error) from error
-    with FileLock(folder / ".lock"):
-        _remove_orphans(folder)
-        done = None if key is None else _done(source, folder, key)  # by another process, while this one waited
-        return done or _made(source, tokenizer, folder, settings, key, say)
-
-
-def _made(source: Source, tokenizer: Any, folder: Path, settings: _Settings, key: str | None, say: Say) -> Corpus:
-    """Prepare a source; ``key`` is its fingerprint, where it is known before the source is read."""
-    spool = _Spool(folder / f".{source.name}.spool.partial")
     try:
-        read = _read(source, tokenizer, settings, spool, say)
-        key = key or _fingerprint(source, tokenizer, settings, read)
-        done = _done(source, folder, key)
-        if done is not None:
-            return done
-        _write(source, spool, folder, key, settings, say)
+        yield
+    finally:
+        lock.release()
+
+
+def _made(source: Source, job: _Job, key: str | None) -> Corpus:
+    """Prepare a source; ``key`` is its fingerprint, where it is known before the source is read."""
+    spool = Spool(job.folder / f".{source.name}{_SPOOL}", job.settings.seed)
+    try:
+        dropped: Counter[str] = Counter()
+        read = _read(source, job, spool, dropped)
+        key = key or job.key(source, read)
+        done = _done(source, job, key)  # a stream that was prepared before
+        if done is None:
+            _write(source, job, key, spool, dropped)
     finally:
         spool.remove()
-    return open_corpus(_target(source, folder, key))
+    return done or open_corpus(job.target(source, key))
 
 
-def _done(source: Source, folder: Path, key: str) -> Corpus | None:
+def _done(source: Source, job: _Job, key: str) -> Corpus | None:
     """What is prepared already, if it is."""
-    target = _target(source, folder, key)
+    target = job.target(source, key)
     if not (target / INDEX).exists():
         return None
     corpus = open_corpus(target)
@@ -221,26 +248,15 @@ def _done(source: Source, folder: Path, key: str) -> Corpus | None:
     return corpus
 
 
-def _target(source: Source, folder: Path, key: str) -> Path:
-    return folder / f"{source.name}-{key[:20]}"
-
-
 def _remove_orphans(folder: Path) -> None:
     """Remove what calls left that were killed: nobody else is at work in the folder."""
     for path in folder.iterdir():
-        if path.name.startswith(".") and path.name.endswith(".spool.partial"):
+        if path.name.startswith(".") and path.name.endswith(_SPOOL):
             path.unlink(missing_ok=True)
         elif _FOLDER_NAME.fullmatch(path.name) and path.is_dir() and not (path / INDEX).exists():
             inside = list(path.iterdir())
             if all(_SHARD_NAME.fullmatch(one.name) or one.name.endswith(".partial") for one in inside):
                 shutil.rmtree(path)
-
-
-def _fingerprint(source: Source, tokenizer: Any, settings: _Settings, of_data: str) -> str:
-    told = {**dataclasses.asdict(settings), "instruct": source.instruct, "format": FORMAT}
-    if source.instruct:
-        del told["shortest"]  # it is of paragraphs
-    return fingerprint(json.dumps(told, sort_keys=True), _of_tokenizer(tokenizer), of_data)
 
 
 def _of_tokenizer(tokenizer: Any) -> str:
@@ -259,61 +275,37 @@ def _of_tokenizer(tokenizer: Any) -> str:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-class _Spool:
-    """The tokens of all documents in a file, int32, and of each document its tokens and a hash of them."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.sizes, self.hashes = array("q"), array("Q")
-        self.tokens = 0
-        self.dropped: Counter[str] = Counter()
-        self._file = shards.opened(path)
-
-    def add(self, tokens: np.ndarray, key: bytes) -> None:
-        data = tokens.astype("<i4").tobytes()
-        shards.put(self._file, data, self.path.parent)
-        self.sizes.append(len(tokens))
-        self.hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little"))
-        self.tokens += len(tokens)
-
-    def finish(self) -> None:
-        try:
-            self._file.close()
-        except OSError as error:
-            raise shards.not_written(self.path.parent, 4 * self.tokens, error) from error
-
-    def documents(self, which: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
-        """The tokens of some documents."""
-        flat = np.memmap(self.path, dtype="<i4", mode="r")
-        ends = np.cumsum(np.asarray(self.sizes))
-        for n in which:
-            yield flat[ends[n] - self.sizes[n] : ends[n]]
-
-    def remove(self) -> None:
-        with suppress(OSError):  # on a full disk closing fails too, and what it would have written is not wanted
-            self._file.close()
-        self.path.unlink(missing_ok=True)
-
-
-def _read(source: Source, tokenizer: Any, settings: _Settings, spool: _Spool, say: Say) -> str:
+def _read(source: Source, job: _Job, spool: Spool, dropped: Counter[str]) -> str:
     """Fill the spool with as many documents as are needed; returns the sha256 of these."""
     found = hashlib.sha256()
     read = 0
-    enough = _enough(source, settings)
+    enough = _enough(source, job.settings)
     stream = documents(source)
-    encode = _encode_rows if source.instruct else _encode_texts
-    key = str(settings.seed).encode()
     while spool.tokens < enough and (some := list(islice(stream, _AT_ONCE))):
         for item, _ in some:
             add_document(found, item)
-        for tokens in encode(some, tokenizer, settings, spool.dropped):
-            spool.add(tokens, key)
+        for tokens in _encode(some, source, job, dropped):
+            spool.add(tokens)
         read += len(some)
-        say(f"tokenising {source.name}: {read:,} documents, {spool.tokens:,} tokens")
+        job.say(f"tokenising {source.name}: {read:,} documents, {spool.tokens:,} tokens")
     if not read:
         raise GraphPruneError(f"Source {source.name!r} is empty: it has no documents.")
     spool.finish()
     return found.hexdigest()
+
+
+def _encode(some: Sequence[tuple[Any, str]], source: Source, job: _Job, dropped: Counter[str]) -> Iterator[np.ndarray]:
+    if not source.instruct:
+        texts = [text for text, _ in some]
+        for ids in encode_texts(texts, job.tokenizer, job.settings.shortest, dropped):
+            yield np.asarray(ids, dtype=np.int32)
+        return
+    for example in instructions.encode(some, job.tokenizer):
+        cut = None if example is None else example.cut(job.settings.length)
+        if cut is not None:
+            yield shards.coded(cut.tokens, cut.counts)
+        else:
+            dropped["rows without an answer" if example is None else "rows whose answer is cut off"] += 1
 
 
 def _enough(source: Source, settings: _Settings) -> float:
@@ -324,74 +316,40 @@ def _enough(source: Source, settings: _Settings) -> float:
     return settings.most + held if source.instruct else (settings.most + held) * 8 / 7
 
 
-def _encode_rows(
-    rows: Sequence[tuple[Any, str]], tokenizer: Any, settings: _Settings, dropped: Counter[str]
-) -> Iterator[np.ndarray]:
-    for example in instructions.encode(rows, tokenizer):
-        cut = None if example is None else example.cut(settings.length)
-        if cut is not None:
-            yield shards.coded(cut.tokens, cut.counts)
-        else:
-            dropped["rows without an answer" if example is None else "rows whose answer is cut off"] += 1
-
-
-def _encode_texts(
-    texts: Sequence[tuple[str, str]], tokenizer: Any, settings: _Settings, dropped: Counter[str]
-) -> Iterator[np.ndarray]:
-    paragraphs = [_paragraphs(text) for text, _ in texts]
-    tokens = iter(tokenise([one for document in paragraphs for one in document], tokenizer))
-    kept: list[list[tuple[str, list[int]]]] = []
-    for document in paragraphs:
-        pairs = [(one, next(tokens)) for one in document]
-        kept.append([(one, ids) for one, ids in pairs if len(ids) > settings.shortest])
-        dropped[_ALL] += len(pairs)
-        dropped["short paragraphs"] += len(pairs) - len(kept[-1])
-    joined = iter(tokenise(["\n\n".join(one for one, _ in d) for d in kept if len(d) > 1], tokenizer))
-    end = getattr(tokenizer, "eos_token_id", None)
-    for document_kept in kept:
-        if document_kept:
-            ids = next(joined) if len(document_kept) > 1 else document_kept[0][1]
-            yield np.asarray(ids if end is None else [*ids, end], dtype=np.int32)
-
-
-def _paragraphs(text: str) -> list[str]:
-    """The longest pieces without an empty line, with lines that end as on Unix, and without control characters."""
-    clean = _NO_TEXT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return [piece for piece in (one.strip("\n") for one in _EMPTY_LINES.split(clean)) if piece.strip()]
-
-
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(source: Source, spool: _Spool, folder: Path, key: str, settings: _Settings, say: Say) -> None:
+def _write(source: Source, job: _Job, key: str, spool: Spool, dropped: Counter[str]) -> None:
     """Write shards and, when they are there, the index; or nothing."""
-    held, pieces = (_held_examples if source.instruct else _held_documents)(source, spool, settings)
-    length = None if source.instruct else settings.length
-    train = _first(_rows(spool.documents(np.flatnonzero(~held)), length), settings.most)
-    validation = islice(_rows(pieces, length), settings.validation)
-    say(f"writing {source.name}")
-    target = _target(source, folder, key)
-    target.mkdir(exist_ok=True)
+    settings, length = job.settings, None if source.instruct else job.settings.length
+    wanted = settings.validation
+    held = held_examples(spool, wanted) if length is None else held_documents(spool, wanted, length)
+    if held is None:
+        raise _too_few(source, settings, spool, dropped)
+    train = _first(_rows(spool.documents(np.flatnonzero(~held.held)), length), settings.most)
+    validation = islice(_rows(held.pieces, length), wanted)
+    job.say(f"writing {source.name}")
+    target = job.target(source, key)
     try:
+        target.mkdir(exist_ok=True)
         parts = {
             "train": shards.write_shards(train, target, "train", source.instruct),
             "validation": shards.write_shards(validation, target, "validation", source.instruct),
         }
-        rows = {part: sum(one.rows for one in written) for part, written in parts.items()}
-        if min(rows.values()) < settings.validation:  # documents that are equal count once in validation
-            raise _too_few(source, spool, settings, sum(rows.values()))
         index = {
             "format": FORMAT,
             "name": source.name,
             "instruct": source.instruct,
             "fingerprint": key,
             "settings": dataclasses.asdict(settings),
-            "dropped": {what: n for what, n in sorted(spool.dropped.items()) if what != _ALL},
+            "dropped": {what: n for what, n in sorted(dropped.items()) if what != ALL},
             **{part: [dataclasses.asdict(one) for one in written] for part, written in parts.items()},
         }
         shards.replace_bytes(target / INDEX, json.dumps(index, indent=1).encode())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise shards.not_written(job.folder, 0, error) from error
         raise
 
 
@@ -418,71 +376,22 @@ def _first(rows: Iterator[np.ndarray], most: int | None) -> Iterator[np.ndarray]
         yield row
 
 
-# --------------------------------------------------------------------------------------------------------- holding out
-
-
-def _held_examples(source: Source, spool: _Spool, settings: _Settings) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Which examples are not trained on, and those to validate with: one of each that are equal."""
-    hashes = np.asarray(spool.hashes)
-    order = np.unique(hashes, return_index=True)[1]
-    if len(hashes) < 2 * settings.validation:
-        raise _too_few(source, spool, settings, len(hashes))
-    chosen = order[: settings.validation]
-    return np.isin(hashes, hashes[chosen]), spool.documents(chosen)
-
-
-def _held_documents(source: Source, spool: _Spool, settings: _Settings) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Which documents are not trained on, and the pieces of them to validate with."""
-    hashes, sizes = np.asarray(spool.hashes), np.asarray(spool.sizes)
-    _, order, copies = np.unique(hashes, return_index=True, return_counts=True)
-    needed = settings.validation * settings.length
-    for share in (spool.tokens // 8, spool.tokens // 4, spool.tokens - needed):
-        per = 1
-        while per < 2 * settings.validation:
-            chosen = _choose(sizes[order], copies, needed, per * settings.length, share)
-            if chosen is not None:
-                held = np.isin(hashes, hashes[order[chosen]])
-                return held, _pieces(spool, order[chosen], hashes, per * settings.length)
-            per *= 2
-    raise _too_few(source, spool, settings, spool.tokens // settings.length)
-
-
-def _choose(sizes: np.ndarray, copies: np.ndarray, needed: int, per: int, share: int) -> list[int] | None:
-    """The first documents that together have the needed tokens, ``per`` of each, and no more than ``share`` in all."""
-    chosen: list[int] = []
-    held = found = 0
-    for n, (size, times) in enumerate(zip(sizes.tolist(), copies.tolist(), strict=True)):
-        if held + size * times > share:
-            continue
-        chosen.append(n)
-        held += size * times
-        found += min(size, per)
-        if found >= needed:
-            return chosen
-    return None
-
-
-def _pieces(spool: _Spool, which: np.ndarray, hashes: np.ndarray, per: int) -> Iterator[np.ndarray]:
-    """At most ``per`` tokens of each document, from a place that its hash decides on."""
-    for n, tokens in zip(which, spool.documents(which), strict=True):
-        begin = int(hashes[n]) // 2**16 % (max(len(tokens) - per, 0) + 1)
-        yield tokens[begin : begin + per]
-
-
-def _too_few(source: Source, spool: _Spool, settings: _Settings, rows: int) -> GraphPruneError:
-    what, wanted = (
-        ("examples", "") if source.instruct else (f"rows of {settings.length} tokens", "length=, shortest= or ")
-    )
-    paragraphs, short = spool.dropped[_ALL], spool.dropped["short paragraphs"]
-    if paragraphs and paragraphs == short:
+def _too_few(source: Source, settings: _Settings, spool: Spool, dropped: Counter[str]) -> GraphPruneError:
+    if dropped[ALL] and dropped[ALL] == dropped[SHORT]:
         return GraphPruneError(
-            f"Source {source.name!r}: all of its {paragraphs:,} paragraphs have at most {settings.shortest} tokens, "
+            f"Source {source.name!r}: all of its {dropped[ALL]:,} paragraphs have at most {settings.shortest} tokens, "
             "and are left out. A paragraph ends at an empty line; lower shortest=, or join the texts."
         )
-    lost = [f"{n:,} {name}" for name, n in sorted(spool.dropped.items()) if name != _ALL and n]
+    lost = ", ".join(f"{n:,} {name}" for name, n in sorted(dropped.items()) if name != ALL and n)
+    different = len(set(spool.hashes))
+    if source.instruct:
+        gives, what = f"{different:,} different examples", "examples"
+        remedy = "give more, or lower validation="
+    else:
+        rows = spool.tokens // settings.length
+        gives, what = f"{rows:,} rows of {settings.length} tokens, from {different:,} different documents", "documents"
+        remedy = "give more documents, cut long ones in several, or lower length=, shortest= or validation="
     return GraphPruneError(
-        f"Source {source.name!r} gives {rows:,} {what}, from {len(spool.sizes):,} documents"
-        f"{f' ({chr(44).join(lost)} left out)' if lost else ''}; {settings.validation} for validation and as many for "
-        f"training, of different documents, are {2 * settings.validation}. Give more documents, cut long ones in "
-        f"several, or lower {wanted}validation=."
+        f"Source {source.name!r} gives {gives}{f' ({lost} are left out)' if lost else ''}. Wanted are "
+        f"{settings.validation} to validate with, and as many of other {what} to train on: {remedy}."
     )
