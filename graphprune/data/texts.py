@@ -46,26 +46,36 @@ def data_of(names: Sequence[str] | None, made: Container[str]) -> str | list[str
 
 
 def _read(path: Path) -> list[str]:
+    return [item if path.suffix == ".txt" else text_of(item, where) for item, where in contents(path)]
+
+
+def contents(path: Path) -> Iterator[tuple[Any, str]]:
+    """What a file holds, read as it is wanted: the text of ``.txt``, the rows of ``.jsonl``; each with where it is.
+
+    Raises :class:`GraphPruneError` naming the file, and the row (counted from 1), that cannot be read.
+    """
     if path.suffix not in SUFFIXES:
-        raise GraphPruneError(f"{path}: calibration texts are read from .txt and .jsonl files.")
+        raise GraphPruneError(f"{path}: texts are read from .txt and .jsonl files.")
     try:
-        content = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            if path.suffix == ".txt":
+                yield file.read(), str(path)
+                return
+            # Not splitlines(): JSON strings may hold separators such as U+2028 as they are.
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    yield _row(line, f"{path}, row {n}"), f"{path}, row {n}"
     except FileNotFoundError:
         raise GraphPruneError(f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise GraphPruneError(f"{path} cannot be read as text: {error}") from error
-    if path.suffix == ".txt":
-        return [content]
-    # Not splitlines(): JSON strings may hold separators such as U+2028 as they are.
-    return [_text_of_line(line, f"{path}, row {n}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
-def _text_of_line(line: str, where: str) -> str:
+def _row(line: str, where: str) -> Any:
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
         raise GraphPruneError(f"{where} is no JSON: {error}") from error
-    return text_of(row, where)
 
 
 def text_of(row: Any, where: str) -> str:
