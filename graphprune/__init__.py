@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from graphprune.ir.knowledge import Knowledge
     from graphprune.ir.plan import Plan
     from graphprune.knowledge_distribution import knowledge
+    from graphprune.recovery.recover import recover
+    from graphprune.recovery.settings import Recovery
+    from graphprune.recovery.shear import Shear, shear
     from graphprune.reporting import Report, report
 
 __version__ = "0.1.0"
@@ -25,14 +28,18 @@ __all__ = [
     "GraphPruneError",
     "Knowledge",
     "Plan",
+    "Recovery",
     "Report",
+    "Shear",
     "apply",
     "compile",
     "inspect",
     "knowledge",
     "load",
+    "recover",
     "report",
     "save",
+    "shear",
 ]
 
 # Imported on first use: `import graphprune` alone costs next to nothing.
@@ -42,9 +49,13 @@ _HOME = {
     "inspect": "graphprune.compiler",
     "knowledge": "graphprune.knowledge_distribution",
     "load": "graphprune.io.folder",
+    "recover": "graphprune.recovery.recover",
     "save": "graphprune.io.folder",
+    "shear": "graphprune.recovery.shear",
     "Knowledge": "graphprune.ir.knowledge",
     "Plan": "graphprune.ir.plan",
+    "Recovery": "graphprune.recovery.settings",
+    "Shear": "graphprune.recovery.shear",
     "Report": "graphprune.reporting",
     "report": "graphprune.reporting",
 }

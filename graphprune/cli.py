@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_evaluate, cli_knowledge
+from graphprune import cli_evaluate, cli_knowledge, cli_shear
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"graphprune: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("graphprune: interrupted, nothing was written", file=sys.stderr)
+        print(f"graphprune: interrupted, {options.interrupted}", file=sys.stderr)
         return 130
     return 0
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(interrupted="nothing was written")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prune = commands.add_parser("prune", help="remove a share of the parameters and save the result")
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
 
     cli_knowledge.add_command(commands)
+    cli_shear.add_commands(commands)
     cli_evaluate.add_commands(commands)
     return parser
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from graphprune.data.corpus import Corpus
+from graphprune.data.corpus import Corpus, prepare
+from graphprune.data.sources import check_names, sources_of
 from graphprune.errors import GraphPruneError
 from graphprune.io import fingerprint
 from graphprune.io.atomic import replace_file
@@ -63,6 +64,46 @@ class Recovered:
 
 
 def recover(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    data: Any = None,
+    instruct: Any = None,
+    tokenizer: Any,
+    dense: nn.Module | None = None,
+    settings: Recovery | None = None,
+    length: int = 512,
+    validation: int = 64,
+    most: int | None = None,
+    progress: Say | None = None,
+) -> Recovered:
+    """Train a pruned model back to what it knew, on texts: :func:`recover_on` what is made of them.
+
+    Args:
+        model: a causal language model; it is not changed.
+        folder: for tokens, checkpoints and logs; the same call goes on where an interrupted one stopped.
+        data, instruct: pretraining and instruction sources, either or both: what
+            :func:`graphprune.data.sources.sources_of` takes, such as a folder with a file for every source.
+        tokenizer: of the model.
+        dense: the model before it was pruned, which says what was lost.
+        settings: see :class:`Recovery`.
+        length, validation, most: tokens per row, rows held out per source, and the most tokens to train on per source;
+            :func:`graphprune.data.corpus.prepare`.
+        progress: called with what is being done.
+
+    Raises :class:`GraphPruneError` as these functions do.
+    """
+    given = [(data, False), (instruct, True)]
+    sources = [source for what, instructs in given if what is not None for source in sources_of(what, instructs)]
+    if not sources:
+        raise GraphPruneError("There is nothing to train on: give data= or instruct=, or both.")
+    check_names(sources)
+    options: dict[str, Any] = {"length": length, "validation": validation, "most": most, "progress": progress}
+    corpora = prepare(sources, tokenizer, Path(folder, "tokens"), **options)
+    return recover_on(model, corpora, folder, dense=dense, settings=settings, progress=progress)
+
+
+def recover_on(
     model: nn.Module,
     corpora: Sequence[Corpus],
     folder: str | Path,

@@ -59,7 +59,7 @@ class RecoveryTrainer(Trainer):
             model,
             _arguments(settings, folder),
             data_collator=padded,
-            train_dataset=ConcatDataset([corpus.train for corpus in corpora]),
+            train_dataset=ConcatDataset([corpus.train for corpus in corpora]),  # type: ignore[misc]
             eval_dataset={corpus.name: corpus.validation for corpus in corpora},
             compute_metrics=_mean_loss,
             callbacks=[
@@ -116,7 +116,7 @@ class RecoveryTrainer(Trainer):
         """The mean loss per token of every source, and the mean over the sources."""
         losses = {}
         for corpus in self.corpora:
-            loader = self.get_eval_dataloader(corpus.validation)
+            loader = self.get_eval_dataloader(corpus.validation)  # type: ignore[arg-type]
             found = self.evaluation_loop(loader, corpus.name, prediction_loss_only=False)
             losses[corpus.name] = float((found.metrics or {})["eval_token_loss"])
         metrics: dict[str, Any] = {f"eval_{name}_loss": loss for name, loss in losses.items()}

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import graphprune
 from graphprune.data.corpus import Corpus
 from graphprune.passes.add_adapters import Adapters
-from graphprune.recovery.recover import recover
+from graphprune.recovery.recover import recover_on
 from graphprune.recovery.settings import Recovery
 
 WORDS = 40
@@ -65,7 +65,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
     dense = llama()
     pruned = graphprune.compile(dense, 0.2, method="magnitude")
     settings = Recovery(**{**QUICK, **options})
-    found = recover(pruned, corpora(instruct=True), folder, dense=dense, settings=settings)
+    found = recover_on(pruned, corpora(instruct=True), folder, dense=dense, settings=settings)
     with torch.no_grad():
         logits = found.model(torch.arange(10)[None]).logits
     result = {"stages": [asdict(stage) for stage in found.stages], "logits": logits.tolist()}

@@ -21,7 +21,7 @@ import graphprune
 from graphprune import GraphPruneError
 from graphprune.passes.add_adapters import Adapters, add_adapters
 from graphprune.recovery.mixture import MixedRows, by_degradation
-from graphprune.recovery.recover import recover
+from graphprune.recovery.recover import recover_on
 from graphprune.recovery.settings import Recovery
 
 SCRIPT = Path(__file__).with_name("made.py")
@@ -36,7 +36,7 @@ def test_it_learns_what_was_lost_and_leaves_the_model_alone(tmp_path: Path) -> N
     dense = llama()
     pruned = graphprune.compile(dense, 0.2, method="magnitude")
     before, of_dense = states(pruned), states(dense)
-    found = recover(pruned, corpora(instruct=True), tmp_path, dense=dense, settings=Recovery(**QUICK))
+    found = recover_on(pruned, corpora(instruct=True), tmp_path, dense=dense, settings=Recovery(**QUICK))
     assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
     assert all(torch.equal(tensor, of_dense[name]) for name, tensor in dense.state_dict().items())
     assert [stage.name for stage in found.stages] == ["pretraining", "instruct"]
@@ -56,9 +56,9 @@ def test_it_learns_what_was_lost_and_leaves_the_model_alone(tmp_path: Path) -> N
 
 
 def test_losses_are_those_of_the_best_round(tmp_path: Path) -> None:
-    found = recover(llama(), corpora(), tmp_path, settings=Recovery(**{**QUICK, "mixing": "uniform"}))
+    found = recover_on(llama(), corpora(), tmp_path, settings=Recovery(**{**QUICK, "mixing": "uniform"}))
     stage = found.stages[0]
-    again = recover(found.model, corpora(), tmp_path / "again", settings=Recovery(**{**QUICK, "mixing": "uniform"}))
+    again = recover_on(found.model, corpora(), tmp_path / "again", settings=Recovery(**{**QUICK, "mixing": "uniform"}))
     for name, loss in again.stages[0].start.items():
         assert loss == pytest.approx(stage.rounds[stage.best - 1].losses[name], rel=1e-5)
     total, count = 0.0, 0
@@ -71,7 +71,7 @@ def test_losses_are_those_of_the_best_round(tmp_path: Path) -> None:
     assert stage.rounds[stage.best - 1].losses["source1"] == pytest.approx(total / count, rel=1e-5)
 
 
-class Stop(Exception):
+class Stop(KeyboardInterrupt):
     pass
 
 
@@ -81,20 +81,20 @@ def test_an_interrupted_run_goes_on_to_the_same_result(after: int, tmp_path: Pat
     model = graphprune.compile(dense, 0.2, method="magnitude")
     settings = Recovery(**{**QUICK, "checkpoint_steps": 1, "patience": 5})
     given: dict[str, Any] = {"dense": dense, "settings": settings}
-    whole = recover(model, corpora(), tmp_path / "whole", **given)
+    whole = recover_on(model, corpora(), tmp_path / "whole", **given)
 
     def stop(text: str) -> None:
         if f"step {after} of" in text:
             raise Stop
 
     with pytest.raises(Stop):
-        recover(model, corpora(), tmp_path / "broken", progress=stop, **given)
-    found = recover(model, corpora(), tmp_path / "broken", **given)
+        recover_on(model, corpora(), tmp_path / "broken", progress=stop, **given)
+    found = recover_on(model, corpora(), tmp_path / "broken", **given)
     assert found.stages == whole.stages
     for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
     lines: list[str] = []
-    again = recover(model, corpora(), tmp_path / "broken", progress=lines.append, **given)
+    again = recover_on(model, corpora(), tmp_path / "broken", progress=lines.append, **given)
     assert not lines
     assert again.stages == whole.stages
 
@@ -129,7 +129,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
 def test_rounds_follow_the_losses(tmp_path: Path) -> None:
     dense = llama()
     given: dict[str, Any] = {"dense": dense, "settings": Recovery(**{**QUICK, "floor": 0.2, "patience": 5})}
-    stage = recover(graphprune.compile(dense, 0.3, method="magnitude"), corpora(), tmp_path, **given).stages[0]
+    stage = recover_on(graphprune.compile(dense, 0.3, method="magnitude"), corpora(), tmp_path, **given).stages[0]
     assert stage.dense is not None
     losses = [stage.start, *(one.losses for one in stage.rounds)]
     assert len(stage.rounds) == QUICK["rounds"]
@@ -147,7 +147,7 @@ def test_rounds_follow_the_losses(tmp_path: Path) -> None:
 def test_it_ends_when_nothing_is_gained(tmp_path: Path) -> None:
     settings = Recovery(**{**QUICK, "rounds": 9, "patience": 2, "lr": 30.0, "max_norm": 1e9, "mixing": "uniform"})
     model = llama()
-    found = recover(model, corpora(), tmp_path, settings=settings)
+    found = recover_on(model, corpora(), tmp_path, settings=settings)
     assert found.stages[0].best == 0
     assert len(found.stages[0].rounds) < 9
     for one, other in zip(found.model.parameters(), model.parameters(), strict=True):
@@ -163,7 +163,7 @@ def test_distillation_learns_from_the_full_model(tmp_path: Path) -> None:
     settings = Recovery(
         **{**QUICK, "distill": 1.0, "temperature": 2.0, "mixing": "uniform", "rounds": 8, "patience": 8}
     )
-    steps = recover(pruned, corpora()[:1], tmp_path, dense=dense, settings=settings).stages[0].steps
+    steps = recover_on(pruned, corpora()[:1], tmp_path, dense=dense, settings=settings).stages[0].steps
     sampler = MixedRows({"source0": 30}, 12, 0, lambda: [{"source0": 1.0}])
     total, count = 0.0, 0
     for row in list(sampler)[:4]:
@@ -178,9 +178,9 @@ def test_distillation_learns_from_the_full_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["gradient_checkpointing", "bf16"])
 def test_memory_savers(option: str, tmp_path: Path) -> None:
-    plain = recover(llama(), corpora(), tmp_path / "plain", settings=Recovery(**{**QUICK, "mixing": "uniform"}))
+    plain = recover_on(llama(), corpora(), tmp_path / "plain", settings=Recovery(**{**QUICK, "mixing": "uniform"}))
     settings = Recovery(**{**QUICK, "mixing": "uniform", option: True})
-    found = recover(llama(), corpora(), tmp_path / "saving", settings=settings)
+    found = recover_on(llama(), corpora(), tmp_path / "saving", settings=settings)
     rel = 1e-5 if option == "gradient_checkpointing" else 0.02
     for (_, loss), (_, wanted) in zip(found.stages[0].steps, plain.stages[0].steps, strict=True):
         assert loss == pytest.approx(wanted, rel=rel)
@@ -189,18 +189,18 @@ def test_memory_savers(option: str, tmp_path: Path) -> None:
 def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     model, uniform = llama(), Recovery(**{**QUICK, "mixing": "uniform"})
     with pytest.raises(GraphPruneError, match="give dense="):
-        recover(model, corpora(), tmp_path, settings=Recovery(**QUICK))
+        recover_on(model, corpora(), tmp_path, settings=Recovery(**QUICK))
     with pytest.raises(GraphPruneError, match="nothing to train on"):
-        recover(model, [], tmp_path, settings=uniform)
+        recover_on(model, [], tmp_path, settings=uniform)
     with pytest.raises(GraphPruneError, match="has adapters already"):
-        recover(add_adapters(model, Adapters()), corpora(), tmp_path, settings=uniform)
+        recover_on(add_adapters(model, Adapters()), corpora(), tmp_path, settings=uniform)
     with pytest.raises(GraphPruneError, match="no multiple of the 3 rows"):
-        recover(model, corpora(), tmp_path, settings=Recovery(**{**QUICK, "mixing": "uniform", "rows_at_once": 3}))
-    recover(model, corpora(), tmp_path / "one", settings=uniform)
+        recover_on(model, corpora(), tmp_path, settings=Recovery(**{**QUICK, "mixing": "uniform", "rows_at_once": 3}))
+    recover_on(model, corpora(), tmp_path / "one", settings=uniform)
     with pytest.raises(GraphPruneError, match="another model, other data or other settings"):
-        recover(llama(seed=1), corpora(), tmp_path / "one", settings=uniform)
+        recover_on(llama(seed=1), corpora(), tmp_path / "one", settings=uniform)
     with pytest.raises(GraphPruneError, match="another model, other data or other settings"):
-        recover(model, corpora(), tmp_path / "one", settings=Recovery(**{**QUICK, "mixing": "uniform", "lr": 1e-3}))
+        recover_on(model, corpora(), tmp_path / "one", settings=Recovery(**{**QUICK, "mixing": "uniform", "lr": 1e-3}))
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_settings_are_checked(options: dict[str, Any], match: str) -> None:
 
 def test_a_full_disk_is_said_and_leaves_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Recovery(**{**QUICK, "mixing": "uniform", "patience": 5})
-    whole = recover(llama(), corpora(), tmp_path / "whole", settings=settings)
+    whole = recover_on(llama(), corpora(), tmp_path / "whole", settings=settings)
     plain, left = Trainer._save_optimizer_and_scheduler, [1]
 
     def full(trainer: Trainer, folder: str) -> None:
@@ -226,9 +226,9 @@ def test_a_full_disk_is_said_and_leaves_what_was(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(GraphPruneError, match=r"No space left on device.*goes on from there"):
-        recover(llama(), corpora(), tmp_path / "full", settings=settings)
+        recover_on(llama(), corpora(), tmp_path / "full", settings=settings)
     monkeypatch.undo()
-    assert recover(llama(), corpora(), tmp_path / "full", settings=settings).stages == whole.stages
+    assert recover_on(llama(), corpora(), tmp_path / "full", settings=settings).stages == whole.stages
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])

@@ -1,0 +1,234 @@
+"""The whole pipeline on a tiny Llama with a tokenizer of words: it goes on wherever it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import graphprune
+from graphprune import GraphPruneError, Recovery, Shear, shear
+from graphprune.cli import main
+from graphprune.data.corpus import prepare
+from graphprune.data.sources import sources_of
+from graphprune.passes.add_adapters import Adapters
+from graphprune.passes.train_lhspg import Lhspg
+from graphprune.recovery.dry_run import describe
+from graphprune.recovery.shear import Measures, even_rows
+
+WORDS = 60
+WHAT = Shear(
+    0.2,
+    samples=12,
+    length=16,
+    validation=4,
+    lhspg=Lhspg(warmup_steps=1, periods=2, period_steps=2, final_steps=0),
+    recovery=Recovery(
+        adapters=Adapters(rank=4), lr=1e-2, batch=4, rows_at_once=4, round_steps=3, rounds=2, warmup_steps=0
+    ),
+)
+STAGES = ["pruning", "recovering", "measuring"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("shear") / "model"
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=WORDS, **sizes)).save_pretrained(folder)
+    words = {"<unk>": 0, "<end>": 1, "<asks>": 2, "<says>": 3} | {f"w{n}": n for n in range(4, WORDS)}
+    tokens = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<asks> ' if m.role == 'user' else '<says> ' }}{{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<says> {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources of text, and instructions beside their folder."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "texts").mkdir()
+    for name, step in (("ones", 1), ("twos", 2)):
+        rows = [" ".join(f"w{4 + (start + step * n) % (WORDS - 4)}" for n in range(100)) for start in range(20)]
+        (folder / "texts" / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    asked = [{"instruction": f"w{n} w{n + 1}", "output": f"w{n + 2} w{n + 3}"} for n in range(4, 40)]
+    (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    return folder
+
+
+def given(model: Path, data: Path) -> dict[str, Any]:
+    from graphprune.io.models import load_model
+
+    _, tokenizer = load_model(str(model))
+    text = " ".join(f"w{4 + n % (WORDS - 4)}" for n in range(200))
+    measures = Measures(text=text, lengths=(16,))
+    return {"tokenizer": tokenizer, "data": data / "texts", "measures": measures}
+
+
+def load(model: Path) -> Any:
+    from graphprune.io.models import load_model
+
+    return load_model(str(model))[0]
+
+
+@pytest.mark.parametrize("method", ["lorashear", "loraprune", "wanda-sp"])
+def test_it_prunes_recovers_and_measures(method: str, model: Path, data: Path, tmp_path: Path) -> None:
+    dense = load(model)
+    done = shear(dense, tmp_path / "run", replace(WHAT, method=method), **given(model, data))
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"pruned", "model", "report.md", "evaluation.json"}
+    saved = graphprune.load(tmp_path / "run" / "model")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(saved(ids).logits, done.model(ids).logits)
+    assert graphprune.report(saved).plan.method == method
+    assert abs(graphprune.report(saved).ratio - 0.2) < 0.02
+    found = done.evaluations
+    assert list(found) == ["dense", "pruned", "recovered"]
+    assert found["pruned"]["parameters"] == found["recovered"]["parameters"] < found["dense"]["parameters"]
+    assert done.stages[0].best > 0
+    report = (tmp_path / "run" / "report.md").read_text()
+    for word in (
+        "20% of all parameters removed by",
+        "perplexity @16",
+        "Recovery: pretraining",
+        "round 1",
+        "mixing.png",
+    ):
+        assert word in report
+    assert (tmp_path / "run" / "mixing.png").stat().st_size > 10_000
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize(
+    "at",
+    [
+        "pruning",
+        "training: step 3",
+        "recovering",
+        "pretraining: step 4",
+        "instruct: before",
+        "instruct: step 2",
+        "measuring the dense",
+        "measuring the recovered",
+    ],
+)
+def test_it_goes_on_where_it_stopped(at: str, model: Path, data: Path, tmp_path: Path) -> None:
+    what = replace(WHAT, lhspg=replace(WHAT.lhspg, training=replace(WHAT.lhspg.training, checkpoint_steps=1)))
+    options = {**given(model, data), "instruct": data / "asked.jsonl"}
+    lines: list[str] = []
+
+    def stop(text: str) -> None:
+        lines.append(text)
+        if text.startswith(at):
+            raise Stop
+
+    with pytest.raises(Stop):
+        shear(load(model), tmp_path / "run", what, progress=stop, **options)
+    before, lines[:] = list(lines), []
+    found = shear(load(model), tmp_path / "run", what, progress=lines.append, **options)
+    for stage in ("pruning 20%", "pretraining: full model", "measuring the dense"):
+        begun = [text for text in before if text.startswith(stage)]
+        if begun and before[-1] != begun[-1] and not at.startswith("training"):
+            assert not any(text.startswith(stage) for text in lines), stage  # what was done is not done again
+    whole = shear(load(model), tmp_path / "whole", what, **options)
+    assert found.stages == whole.stages
+    assert found.evaluations == whole.evaluations
+    for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_of_something_else_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    shear(load(model), tmp_path, replace(WHAT, method="wanda-sp"), **given(model, data))
+    with pytest.raises(GraphPruneError, match="another model or of other settings"):
+        shear(load(model), tmp_path, replace(WHAT, method="wanda-sp", ratio=0.3), **given(model, data))
+
+
+def test_pruning_without_pretraining_text_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    options = given(model, data)
+    asked = prepare(
+        sources_of(data / "asked.jsonl", instruct=True), options["tokenizer"], tmp_path, length=16, validation=2
+    )
+    with pytest.raises(GraphPruneError, match="calibrated on pretraining text"):
+        even_rows(asked, 4, 0)
+
+
+def test_rows_come_evenly_from_the_sources(model: Path, data: Path, tmp_path: Path) -> None:
+    corpora = prepare(sources_of(data / "texts"), given(model, data)["tokenizer"], tmp_path, length=16, validation=2)
+    rows = even_rows(corpora, 9, 0)
+    assert rows.shape == (9, 16)
+    of_first = {tuple(corpora[0].train[n]["input_ids"].tolist()) for n in range(len(corpora[0].train))}
+    assert sum(tuple(row.tolist()) in of_first for row in rows) == 5
+    with pytest.raises(GraphPruneError, match="rows in all, and samples=9999"):
+        even_rows(corpora, 9999, 0)
+
+
+def test_a_dry_run_writes_nothing(model: Path, data: Path, tmp_path: Path) -> None:
+    dense = load(model)
+    said = describe(dense, tmp_path / "run", WHAT, data / "texts", data / "asked.jsonl", Measures())
+    assert not (tmp_path / "run").exists()
+    total = sum(p.numel() for p in dense.parameters())
+    for word in (f"{total:,}", "prune (lorashear)", "pretraining (2 sources)", "instruct (1 sources)", "left to do"):
+        assert word in said
+    shear(dense, tmp_path / "run", WHAT, **given(model, data))
+    again = describe(dense, tmp_path / "run", WHAT, data / "texts", None, Measures())
+    assert again.count(" done ") == 5
+
+
+def test_the_commands(model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--data", str(data / "texts"), "--length", "16", "--validation", "2", "--batch", "4", "--rank", "4"]
+    common += ["--rounds", "1", "--round-steps", "2"]
+    asked = [
+        str(model),
+        "--ratio",
+        "0.2",
+        "-o",
+        str(tmp_path / "run"),
+        "--method",
+        "wanda-sp",
+        "--samples",
+        "8",
+        *common,
+    ]
+    assert main(["shear", *asked, "--dry-run"]) == 0
+    assert "left to do" in capsys.readouterr().out
+    assert main(["shear", *asked]) == 0
+    assert "Recovery: pretraining" in capsys.readouterr().out
+    out = tmp_path / "recovered"
+    pruned = str(tmp_path / "run" / "pruned")
+    assert main(["recover", pruned, "--dense", str(model), "-o", str(out), *common]) == 0
+    assert "mean validation loss" in capsys.readouterr().out
+    assert graphprune.report(graphprune.load(out)).plan.method == "wanda-sp"
+    assert main(["recover", pruned, "--dense", str(model), "-o", str(out), *common]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["recover", pruned, "-o", str(tmp_path / "other"), *common]) == 1
+    assert "give dense=" in capsys.readouterr().err
+    assert main(["shear", str(model), "--ratio", "0.2", "-o", str(tmp_path / "none")]) == 1
+    assert "--data" in capsys.readouterr().err
+
+
+def test_what_was_interrupted_is_said(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("graphprune.recovery.shear.shear", stop)
+    asked = ["shear", str(model), "--ratio", "0.2", "-o", str(tmp_path / "run"), "--data", str(data / "texts")]
+    assert main(asked) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
