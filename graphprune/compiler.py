@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +30,11 @@ from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.dispatched import gathered, is_dispatched, main_device
 from graphprune.trace.inputs import example_inputs_for, normalise
 from graphprune.trace.skeleton import is_on_meta, names
+
+if TYPE_CHECKING:
+    from graphprune.recovery.settings import Recovery
+
+_VALIDATION = 16  # rows held out of every source
 
 
 def compile(
@@ -60,6 +66,8 @@ def compile(
     inplace: bool = False,
     emit: str = "module",
     merge: bool | None = None,
+    instruct: Any = None,
+    recovery: Recovery | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """Remove ``ratio`` of all parameters of ``model`` and return a smaller dense model of the same class.
@@ -136,6 +144,10 @@ def compile(
             :func:`save`; its ``state_dict`` and ``torch.export`` can.
         merge: whether adapters of peft are merged into the weights of the pruned model; by default those that a method
             trains are, and others stay as they are, sliced to fit. A method that trains adds LoRA to a model without.
+        instruct: instructions to train the pruned model on, after the texts of ``data``, so that it recovers what it
+            lost (:func:`graphprune.recover`, which says what both may be); ``data`` must be texts then.
+        recovery: settings of that; given alone, the texts are all that it is trained on. :func:`graphprune.shear` does
+            the same in a folder, so that it can be interrupted, and measures what came of it.
         progress: called with the name of every pass that starts, and with how far the calibration data is.
 
     Returns:
@@ -178,6 +190,9 @@ def compile(
     trains = any(step.prepare is not None for step in how)
     if inplace and trains:
         raise GraphPruneError(f"{method!r} trains a copy with adapters, so it cannot prune in place.")
+    recovers = instruct is not None or recovery is not None
+    if recovers and (inplace or emit == "graph" or is_on_meta(model)):
+        raise GraphPruneError("Recovery compares with the dense model: leave out inplace= and emit=, and load weights.")
     if trains and device is not None:
         raise GraphPruneError(f"{method!r} trains where the model is: move it there, and leave out device=.")
     if is_dispatched(model):
@@ -206,7 +221,27 @@ def compile(
         _require_gradients_as(model, pruned)
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
-    return pruned
+    return _recovered(pruned, model, options, instruct, recovery) if recovers else pruned
+
+
+def _recovered(
+    pruned: nn.Module, dense: nn.Module, options: Options, instruct: Any, settings: Recovery | None
+) -> nn.Module:
+    """``pruned``, trained back on the texts it was calibrated on and on instructions."""
+    from graphprune.recovery.recover import recover  # with it come those parts of transformers that train
+
+    with TemporaryDirectory(prefix="graphprune-") as folder:
+        return recover(
+            pruned,
+            folder,
+            data=options.data,
+            instruct=instruct,
+            tokenizer=options.tokenizer,
+            dense=dense,
+            settings=settings,
+            length=options.length,
+            validation=_VALIDATION,
+        ).model
 
 
 def inspect(

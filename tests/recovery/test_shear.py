@@ -232,3 +232,21 @@ def test_what_was_interrupted_is_said(
     asked = ["shear", str(model), "--ratio", "0.2", "-o", str(tmp_path / "run"), "--data", str(data / "texts")]
     assert main(asked) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_compile_recovers(model: Path, data: Path) -> None:
+    dense, options = load(model), given(model, data)
+    texts: dict[str, Any] = {"data": [data / "texts" / "ones.jsonl"], "tokenizer": options["tokenizer"]}
+    settings: dict[str, Any] = {"method": "wanda-sp", "samples": 8, "length": 16, **texts}
+    pruned = graphprune.compile(dense, 0.2, **settings)
+    found = graphprune.compile(dense, 0.2, instruct=data / "asked.jsonl", recovery=WHAT.recovery, **settings)
+    ids = torch.tensor([[2, 10, 11, 1, 3, 12, 13, 1]])
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return float(model(input_ids=ids, labels=torch.where(torch.arange(8) < 5, -100, ids)).loss)
+
+    assert loss(found) < loss(pruned)
+    assert graphprune.report(found).plan == graphprune.report(pruned).plan
+    with pytest.raises(GraphPruneError, match="compares with the dense model"):
+        graphprune.compile(dense, 0.2, recovery=WHAT.recovery, inplace=True, **settings)
