@@ -36,6 +36,11 @@ METHODS: dict[str, tuple[Pass, ...]] = {
 METHODS["lorashear"] = (*METHODS["ppm"], train_lhspg())
 
 
+def trains(method: str) -> bool:
+    """Whether a method trains adapters while it prunes."""
+    return any(step.prepare is not None for step in passes_of(method))
+
+
 def method_names() -> list[str]:
     """Every name that ``method=`` takes: those of methods and those of criteria."""
     return sorted({*METHODS, *criterion_names()})

@@ -29,6 +29,9 @@ each that can be reached at a ratio: of ours the method's own allocation, of oth
   a batch; ``layer_indices`` spares blocks.
 
 "bare" is ``graphprune.compile(model, ratio)``: what comes of no choice at all.
+
+**With** ``--recover TOKENS`` every method is also trained back, on so many tokens, as its paper does it
+(:mod:`quality_recovery`): ``calib/`` holds the sources of text, ``instruct/`` the instructions. ``--seed`` draws anew.
 """
 
 from __future__ import annotations
@@ -138,7 +141,12 @@ def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any) -> tuple[Any, f
 
     rows = calibration_rows(cell.data, tokenizer, **cell.calibration).to(device)
     start = time.perf_counter()
-    if cell.method in PEERS:
+    if "recover" in cell.setting:
+        from quality_recovery import recovered
+
+        tokens, seed = cell.setting["recover"], cell.setting["seed"]
+        pruned = recovered(model, tokenizer, cell.method, cell.ratio, rows, Path(cell.data), tokens, seed)
+    elif cell.method in PEERS:
         pruned = PEERS[cell.method](model, cell.ratio, rows, cell.setting)
     elif cell.method == BARE:
         pruned = graphprune.compile(model, cell.ratio)
@@ -228,6 +236,8 @@ class Scoreboard:
     kept: Kept
 
     def settings(self, method: str) -> tuple[Setting, ...]:
+        if self.arguments.recover and method != DENSE:
+            return ({"recover": self.arguments.recover, "seed": self.arguments.seed},)
         return SETTINGS.get(method, OURS)
 
     def ratios(self, method: str) -> list[float]:
@@ -309,17 +319,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     """What was asked, checked before anything is measured: exits with a message otherwise."""
     from quality_peers import PEERS
+    from quality_recovery import INSTRUCTIONS, RECOVERED
 
-    from graphprune.passes.methods import METHODS, method_names
+    from graphprune.passes.methods import METHODS, method_names, trains
 
-    everything = [*sorted(METHODS), BARE, *PEERS]
+    everything = [*(name for name in sorted(METHODS) if not trains(name)), BARE, *PEERS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder or a .gguf file")
     add("--data", type=Path, required=True, metavar="DIR", help="where the text, calibration text and tasks are")
     add("-o", "--output", type=Path, default=Path("out/quality.md"), metavar="OUT.md")
     add("--ratios", type=_ratio, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
-    add("--methods", nargs="+", default=everything, metavar="METHOD", help=f"by default {', '.join(everything)}")
+    add("--methods", nargs="+", metavar="METHOD", help=f"by default {', '.join(everything)}; with --recover others")
+    add("--recover", type=int, metavar="TOKENS", help="train back on so many tokens, as the paper of each method does")
+    add("--seed", type=int, default=0, help="of recovery (default %(default)s)")
     add("--tokens", type=int, default=20_000, help="of the text; 0 for all of it (default %(default)s)")
     add("--lengths", type=int, nargs="+", default=[128, 2048], help="tokens per window; the first decides what is best")
     add("--tasks", nargs="*", metavar="TASK", help=f"also run these, by default {', '.join(ALL_TASKS)}")
@@ -330,6 +343,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--first", action="store_true", help="only the first setting of each method that can be reached")
     add("--retry", action="store_true", help="do cells that failed again")
     arguments = parser.parse_args(argv)
+    arguments.methods = arguments.methods or (RECOVERED if arguments.recover else everything)
+    if arguments.recover and {BARE, *PEERS} & set(arguments.methods):
+        parser.error("--recover is for methods of graphprune")
     if arguments.tasks == []:
         arguments.tasks = ALL_TASKS
     for method in arguments.methods:
@@ -337,7 +353,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"there is no method {method!r}; there is {', '.join([BARE, *PEERS, *method_names()])}")
     if not Path(arguments.model).exists():
         parser.error(f"there is no {arguments.model}")
-    for name in (CALIBRATION, TEXT, *([TASKS] if arguments.tasks else [])):
+    more = [*([TASKS] if arguments.tasks else []), *([INSTRUCTIONS] if arguments.recover else [])]
+    for name in (CALIBRATION, TEXT, *more):
         if not (arguments.data / name).exists():
             parser.error(f"{arguments.data} has no {name}")
     if arguments.output.suffix != ".md":

@@ -23,14 +23,16 @@ def write_report(board: Scoreboard, command: str, path: Path) -> None:
 
 def _lines(board: Scoreboard, command: str, picture: str) -> Iterator[str]:
     a = board.arguments
-    yield from ("# Quality without tuning", "", f"    {command}", "")
+    title = f"after recovery on {a.recover:,} tokens" if a.recover else "without tuning"
+    yield from (f"# Quality {title}", "", f"    {command}", "")
     dense = board.best("dense", 0.0)
     measured = ", ".join(f"{_number(v)} at {n}" for n, v in dense[1]["perplexity"].items()) if dense else "not measured"
     text = f"the first {a.tokens:,} tokens of WikiText-2" if a.tokens else "WikiText-2"
+    trained = f"then trains on {a.recover:,} tokens, each as its paper does" if a.recover else "nothing is trained"
     yield (
         f"{Path(a.model).name} in float32, on {', '.join(_devices(board)) or '–'}. Perplexity of {text} (raw test), "
         f"dense {measured}. Everyone removes the same share of all parameters and calibrates on the same {a.samples} × "
-        f"{a.length} tokens of C4; nothing is trained. For every method the best of its settings, by perplexity at "
+        f"{a.length} tokens of C4; {trained}. For every method the best of its settings, by perplexity at "
         f"{a.lengths[0]}; all of them are in the last table. {_versions()}."
     )
     yield from ("", f"![Perplexity over the share of parameters removed]({picture})")
@@ -187,7 +189,7 @@ def plot(board: Scoreboard, path: Path) -> None:
         yscale="log",
         xlabel="share of all parameters removed",
         ylabel=f"WikiText-2 perplexity, {length} tokens",
-        title=f"{Path(board.arguments.model).name} without tuning",
+        title=f"{Path(board.arguments.model).name} {'after recovery' if board.arguments.recover else 'without tuning'}",
     )
     axes.grid(which="both", alpha=0.3)
     if axes.lines:

@@ -99,6 +99,52 @@ def test_every_cell_is_done_once(bench: ModuleType, given: list[str], monkeypatc
     assert len(runs.cells) == 7
 
 
+def test_only_the_first_setting_that_can_be_reached(
+    bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(lambda cell: {"failed": "no"} if cell.ratio == 0.5 and not cell.setting else answer(cell))
+    monkeypatch.setattr(bench, "run_cell", runs)
+    assert bench.main([*given, "--methods", "l1", "--ratios", "0.2", "0.5", "--first"]) == 0
+    assert [(c.method, c.ratio, c.setting) for c in runs.cells] == [
+        ("dense", 0.0, {}),
+        ("l1", 0.2, {}),
+        ("l1", 0.5, {}),
+        ("l1", 0.5, SPARED),
+    ]
+
+
+def test_recovery_has_settings_of_its_own(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(answer)
+    monkeypatch.setattr(bench, "run_cell", runs)
+    asked = [*given, "--ratios", "0.2", "--recover", "5000", "--seed", "3"]
+    with pytest.raises(SystemExit):
+        bench.main(asked)  # there are no instructions
+    path = Path(given[2], "instruct", "alpaca_cleaned_first5000.jsonl")
+    path.parent.mkdir()
+    path.write_text("")
+    assert bench.main(asked) == 0
+    methods = ["lorashear", "llm-pruner", "loraprune", "slimgpt", "flap"]
+    assert [(c.method, c.setting) for c in runs.cells[1:]] == [(m, {"recover": 5000, "seed": 3}) for m in methods]
+    assert "after recovery on 5,000 tokens" in Path(given[given.index("-o") + 1]).read_text()
+
+
+@pytest.mark.parametrize("method", ["lorashear", "loraprune", "flap", "ppm"])
+def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], method: str) -> None:
+    data = Path(given[2])
+    words = [" ".join(f"w{(start + n) % WORDS}" for n in range(200)) for start in range(30)]
+    for name in ("c4", "books"):
+        (data / "calib" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    path = data / "instruct" / "alpaca_cleaned_first5000.jsonl"
+    path.parent.mkdir()
+    rows = [{"instruction": text[:40], "output": text[40:80]} for text in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setting = {"recover": 48_000, "seed": 1}
+    calibration = {"samples": 8, "length": 96}
+    found = bench.measure(cell_of(bench, given, method, setting=setting, calibration=calibration))
+    assert found["removed"] == pytest.approx(0.2, abs=0.01)
+    assert found["perplexity"]["16"] < 100
+
+
 def test_it_goes_on_where_it_was_stopped(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped_at_the_third(cell: Any) -> dict:
         if len(runs.cells) == 3:
