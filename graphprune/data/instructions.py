@@ -220,7 +220,7 @@ def _begins_with(tokenizer: Any) -> list[int]:
 def _stretches(conversation: Sequence[Piece]) -> list[tuple[int, int]]:
     """Pieces with no EOS token between them, which only tokens are joined at: (first, one after the last)."""
     ends = [n + 1 for n, piece in enumerate(conversation) if piece.ends or n + 1 == len(conversation)]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _example(conversation: Sequence[Piece], tokens: Any, first: list[int], tokenizer: Any) -> Example:
