@@ -189,6 +189,15 @@ def test_a_document_that_comes_again_is_held_out_each_time(tmp_path: Path) -> No
     assert (len(found.train), len(found.validation)) == (52, 4)
 
 
+def test_copies_count_in_what_is_held_out(tmp_path: Path) -> None:
+    """One document that is most of the source, page by page, is not held out if training could not do without it."""
+    common, *others = own_words([31] * 9)
+    for seed in range(4):
+        found = made([common] * 20 + others, tmp_path, validation=2, seed=seed)
+        assert not {*range(31)} & {*flat(found.validation)}
+        assert len(found.train) >= 4 * 20
+
+
 @pytest.mark.parametrize("most", [32, 100, 333])
 def test_most(most: int, tmp_path: Path) -> None:
     whole, part = made(TEXTS, tmp_path), made(TEXTS, tmp_path, most=most)
@@ -339,7 +348,7 @@ def test_other_settings_data_and_tokenizers_are_prepared_beside_it(instruct: boo
         {"validation": 5},
         {"most": 64},
         {"tokenizer": words(TEMPLATE if instruct else None, end=None)},
-        {"tokenizer": words(TEMPLATE + " ")},
+        {"tokenizer": words("{# another #}" + TEMPLATE)},
     ]
     found = {made(data, tmp_path, instruct=instruct, **way).fingerprint for way in ways}
     found |= {made(data[1:], tmp_path, instruct=instruct).fingerprint}
