@@ -78,6 +78,8 @@ class _Settings:
     seed: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise GraphPruneError(f"seed= is an integer, not {self.seed!r}.")
         least = {"length": 2, "validation": 1, "shortest": 0, "most": self.validation * self.length}
         for name, smallest in least.items():
             value = getattr(self, name)
@@ -161,34 +163,38 @@ def open_corpus(folder: str | Path) -> Corpus:
 
     Raises :class:`GraphPruneError` naming the file that is missing, damaged or not of this kind.
     """
-    path = Path(folder) / INDEX
-    data, where = read_json(path), str(path)
-    if take(data, "format", int, where) != FORMAT:
-        raise GraphPruneError(
-            f"{path} is of format {data['format']}, not {FORMAT}: another version of graphprune wrote it."
-        )
     try:
-        name, instruct = take(data, "name", str, where), take(data, "instruct", bool, where)
-        found = take(data, "fingerprint", str, where)
-        take(data, "settings", dict, where)
-        dropped = {key: of_kind(n, int, where) for key, n in take(data, "dropped", dict, where).items()}
-        train, validation = (
-            Rows([_shard(Path(folder), one, instruct, where) for one in take(data, part, list, where)])
-            for part in ("train", "validation")
-        )
+        return _opened(Path(folder), read_json(Path(folder) / INDEX))
     except GraphPruneError as error:
-        hint = "" if "Delete the folder" in str(error) else f" Delete the folder {folder} to prepare it anew."
-        raise GraphPruneError(f"{error}{hint}") from error
-    return Corpus(name, instruct, train, validation, found, dropped)
+        raise GraphPruneError(f"{error} Delete the folder {folder} to prepare it anew.") from error
 
 
-def _shard(folder: Path, said: Any, instruct: bool, where: str) -> Shard:
+def _opened(folder: Path, data: dict[str, Any]) -> Corpus:
+    where = str(folder / INDEX)
+    if take(data, "format", int, where) != FORMAT:
+        raise GraphPruneError(f"{where} is of format {data['format']}, not {FORMAT}: another version of this wrote it.")
+    take(data, "settings", dict, where)
+    train, validation = (
+        Rows([_shard(folder, one, data, where) for one in take(data, part, list, where)])
+        for part in ("train", "validation")
+    )
+    return Corpus(
+        take(data, "name", str, where),
+        take(data, "instruct", bool, where),
+        train,
+        validation,
+        take(data, "fingerprint", str, where),
+        {what: of_kind(n, int, where) for what, n in take(data, "dropped", dict, where).items()},
+    )
+
+
+def _shard(folder: Path, said: Any, data: dict[str, Any], where: str) -> Shard:
     of_kind(said, dict, where)
     kinds = {one.name: str if one.name in ("file", "sha256") else int for one in dataclasses.fields(Written)}
     written = Written(**{name: take(said, name, kind, where) for name, kind in kinds.items()})
     if not _SHARD_NAME.fullmatch(written.file):
         raise GraphPruneError(f"{where} is damaged: {written.file!r} is no name of a shard.")
-    return Shard(folder / written.file, written, instruct).check()
+    return Shard(folder / written.file, written, take(data, "instruct", bool, where)).check()
 
 
 # ---------------------------------------------------------------------------------------------------------- preparing
@@ -386,7 +392,7 @@ def _too_few(source: Source, settings: _Settings, spool: Spool, dropped: Counter
     different = len(set(spool.hashes))
     if source.instruct:
         gives, what = f"{different:,} different examples", "examples"
-        remedy = "give more, or lower validation="
+        remedy = "give more, raise length=, or lower validation="
     else:
         rows = spool.tokens // settings.length
         gives, what = f"{rows:,} rows of {settings.length} tokens, from {different:,} different documents", "documents"

@@ -1,10 +1,10 @@
 """Which documents of a source are held out for validation.
 
 They are whole documents, in the order of a hash of their tokens and the seed: a uniform sample, whatever order they
-come in. A document that occurs again is held out each time. As a long document would fill all of the validation rows, each
-gives at most so many rows, from a random place, as keeps what is held out below an eighth of the source (or a quarter,
-or what training can spare). What else a held-out document has is not used at all, and documents that are too long for
-that share are trained on.
+come in. A document that occurs again is held out each time. As a long document would fill all of the validation rows,
+each gives at most so many rows, from a random place, as keeps what is held out below an eighth of the source (or a
+quarter, or what training can spare). What else a held-out document has is not used at all, and documents that are too
+long for that share are trained on.
 """
 
 from __future__ import annotations

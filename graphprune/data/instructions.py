@@ -157,8 +157,8 @@ def _in_template(messages: Sequence[Message], tokenizer: Any, where: str) -> lis
         upto = _render(messages[: n + 1], tokenizer, where)
         if not whole.startswith(upto) or not upto.startswith(prompt) or len(prompt) < done:
             raise GraphPruneError(
-                f"{where}: the chat template writes the messages before answer {n} in another way than within the "
-                "whole conversation, so the answer cannot be told from the prompt. Give the turns as rows of their "
+                f"{where}: the chat template writes the messages before message {n} in another way than within "
+                "the whole conversation, so the answer cannot be told from the prompt. Give the turns as rows of their "
                 "own, or a tokenizer with another chat_template (None for Alpaca's format)."
             )
         answer = _up_to_end(upto[len(prompt) :], tokenizer)
@@ -220,7 +220,7 @@ def _begins_with(tokenizer: Any) -> list[int]:
 def _stretches(conversation: Sequence[Piece]) -> list[tuple[int, int]]:
     """Pieces with no EOS token between them, which only tokens are joined at: (first, one after the last)."""
     ends = [n + 1 for n, piece in enumerate(conversation) if piece.ends or n + 1 == len(conversation)]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _example(conversation: Sequence[Piece], tokens: Any, first: list[int], tokenizer: Any) -> Example:

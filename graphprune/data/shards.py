@@ -74,9 +74,7 @@ class Shard:
         try:
             self._check()
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise GraphPruneError(
-                f"{self.path} is damaged: {error}. Delete the folder {self.path.parent} to prepare it anew."
-            ) from error
+            raise GraphPruneError(f"{self.path} is damaged: {error}.") from error
         return self
 
     def _check(self) -> None:
