@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphprune.cli_device import device_of
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _evaluate(options: argparse.Namespace, name: str, text: str | None, tasks: A
     console.print(f"{name}: loading")
     model, tokenizer = load_model(name, dtype=getattr(torch, options.dtype) if options.dtype else None)
     return evaluate(
-        model.to(_device(options.device)),
+        model.to(device_of(options.device)),
         tokenizer,
         text=text,
         lengths=options.lengths,
@@ -119,17 +120,6 @@ def _evaluate(options: argparse.Namespace, name: str, text: str | None, tasks: A
         folder=name,
         progress=lambda what: console.print(f"{name}: {what}"),
     )
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise GraphPruneError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _titles(names: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from graphprune.cli_device import device_of
 from graphprune.errors import GraphPruneError
 
 _SHEAR = """examples:
@@ -49,6 +50,7 @@ def add_commands(commands: Any) -> None:
     shear.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="tasks of lm-eval to measure")
     shear.add_argument("--include-path", metavar="DIR", help="folder with more lm-eval tasks")
     shear.add_argument("--limit", type=int, metavar="N", help="rows per task")
+    shear.add_argument("--device", help="where it prunes and measures (default: cuda where there is one)")
     shear.add_argument("--dry-run", action="store_true", help="print the stages, the sizes and a time, and do nothing")
     _add_recovery(shear)
 
@@ -167,6 +169,7 @@ def _shear(options: argparse.Namespace) -> None:
     tasks = Tasks(options.tasks, include_path=options.include_path, limit=options.limit) if options.tasks else None
     text = "\n\n".join(read_texts(options.text)) if options.text else None
     model, tokenizer = _loaded(options.model, options)
+    model.to(device_of(options.device))
     measures = Measures(text, options.lengths, options.tokens, tasks)
     if options.dry_run:
         print(describe(model, Path(options.output), what, _given(options.data), _given(options.instruct), measures))

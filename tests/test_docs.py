@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from recovery.words import tiny_model, word_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
+def for_recovery() -> dict[str, Any]:
+    """A model, its tokenizer, and sources in the folder ``corpora``."""
+    Path("corpora").mkdir()
+    for name, step in (("c4", 1), ("books", 3)):
+        texts = [" ".join(f"w{4 + (start + step * n) % 50}" for n in range(300)) for start in range(60)]
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        Path("corpora", f"{name}.jsonl").write_text(rows)
+    return {"model": tiny_model(), "tokenizer": word_tokenizer()}
+
+
+WHAT_THE_READER_HAS: dict[str, Callable[[], dict[str, Any]]] = {"recovery": for_recovery}
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_a_page_runs(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_runs(
+    page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
-    scope: dict[str, object] = {"__name__": page.stem}
+    scope: dict[str, Any] = {"__name__": page.stem}
+    scope |= WHAT_THE_READER_HAS.get(page.stem, dict)()
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(code, str(page), "exec"), scope)
     printed = capsys.readouterr().out

@@ -136,7 +136,7 @@ def shear(
     corpora = run.tokens(sources, tokenizer)
     run.prune(model, tokenizer, corpora)
     run.say("recovering")
-    pruned = load(run.folder / PRUNED)
+    pruned = load(run.folder / PRUNED, device=next(model.parameters()).device)
     recovered = recover_on(
         pruned, corpora, run.folder / "recovery", dense=model, settings=what.recovery, progress=run.say
     )

@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from recovery.words import FIRST, WORDS, tiny_model, word_tokenizer
 
 import graphprune
 from graphprune import GraphPruneError, Recovery, Shear, shear
@@ -24,7 +21,6 @@ from graphprune.passes.train_lhspg import Lhspg
 from graphprune.recovery.dry_run import describe
 from graphprune.recovery.shear import Measures, even_rows
 
-WORDS = 60
 WHAT = Shear(
     0.2,
     samples=12,
@@ -40,19 +36,9 @@ STAGES = ["pruning", "recovering", "measuring"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2}
     folder = tmp_path_factory.mktemp("shear") / "model"
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=WORDS, **sizes)).save_pretrained(folder)
-    words = {"<unk>": 0, "<end>": 1, "<asks>": 2, "<says>": 3} | {f"w{n}": n for n in range(4, WORDS)}
-    tokens = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokens.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<asks> ' if m.role == 'user' else '<says> ' }}{{ m.content }} <end> {% endfor %}"
-        "{% if add_generation_prompt %}<says> {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -62,9 +48,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     (folder / "texts").mkdir()
     for name, step in (("ones", 1), ("twos", 2)):
-        rows = [" ".join(f"w{4 + (start + step * n) % (WORDS - 4)}" for n in range(100)) for start in range(20)]
+        rows = [" ".join(f"w{FIRST + (start + step * n) % (WORDS - FIRST)}" for n in range(100)) for start in range(20)]
         (folder / "texts" / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    asked = [{"instruction": f"w{n} w{n + 1}", "output": f"w{n + 2} w{n + 3}"} for n in range(4, 40)]
+    asked = [{"instruction": f"w{n} w{n + 1}", "output": f"w{n + 2} w{n + 3}"} for n in range(FIRST, 40)]
     (folder / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     return folder
 
@@ -73,7 +59,7 @@ def given(model: Path, data: Path) -> dict[str, Any]:
     from graphprune.io.models import load_model
 
     _, tokenizer = load_model(str(model))
-    text = " ".join(f"w{4 + n % (WORDS - 4)}" for n in range(200))
+    text = " ".join(f"w{FIRST + n % (WORDS - FIRST)}" for n in range(200))
     measures = Measures(text=text, lengths=(16,))
     return {"tokenizer": tokenizer, "data": data / "texts", "measures": measures}
 
