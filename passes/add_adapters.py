@@ -59,6 +59,15 @@ def training_pass(name: str, train: Train, adapters: Adapters) -> Pass:
     return Pass(name, run, requires=("counts",), ensures=("plan",), prepare=lambda model: add_adapters(model, adapters))
 
 
+def check_adapted(adapted: Adapted, counts: dict[str, int]) -> None:
+    """Raise :class:`GraphPruneError` for a group that loses structures and owns no part of an adapted layer."""
+    for group in counts.keys() - adapted.parts.keys():
+        raise GraphPruneError(
+            f"{group} cannot be scored: no layer that it belongs to has LoRA. Give these layers some, or exclude it "
+            "(exclude=)."
+        )
+
+
 def add_adapters(model: nn.Module, adapters: Adapters, seed: int = 0) -> nn.Module:
     """``model`` itself if it has adapters; else a copy that shares its weights, with LoRA on every linear layer.
 

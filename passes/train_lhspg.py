@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.adapted import Adapted, Part
-from graphprune.passes.add_adapters import Adapters, training_pass
+from graphprune.passes.add_adapters import Adapters, check_adapted, training_pass
 from graphprune.passes.base import Pass
 from graphprune.passes.guided_scores import add, average, weighted_gradients
 from graphprune.passes.train_adapters import Training, attach, train
@@ -272,6 +272,8 @@ def train_lhspg(config: Lhspg | None = None) -> Pass:
     config = config or Lhspg()
 
     def run(program: Program, adapted: Adapted, counts: dict[str, int]) -> None:
+        if not config.saliency.get("prior"):
+            check_adapted(adapted, counts)
         train(program, adapted, config.training, config.steps, HalfSpace(adapted, counts, config, _prior(program)))
 
     return training_pass("train_lhspg", run, config.adapters)

@@ -8,7 +8,7 @@ import torch
 
 from graphprune.ir.program import Program
 from graphprune.passes.adapted import Adapted
-from graphprune.passes.add_adapters import Adapters, training_pass
+from graphprune.passes.add_adapters import Adapters, check_adapted, training_pass
 from graphprune.passes.base import Pass
 from graphprune.passes.guided_scores import average, guided_scores
 from graphprune.passes.train_adapters import Training, train
@@ -84,6 +84,7 @@ def train_loraprune(config: LoraPrune | None = None) -> Pass:
     config = config or LoraPrune()
 
     def run(program: Program, adapted: Adapted, counts: dict[str, int]) -> None:
+        check_adapted(adapted, counts)
         masks = _Masks(adapted, counts, config)
         train(program, adapted, config.training, config.steps, masks)
         masks.mask(1.0)

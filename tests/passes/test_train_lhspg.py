@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -244,6 +245,17 @@ def test_what_cannot_be_reached_is_refused_before_training() -> None:
     with pytest.raises(GraphPruneError, match="cannot be reached"):
         graphprune.compile(plain(), 0.99, method="lorashear", data=DATA, progress=said.append)
     assert not any("training" in one for one in said)
+
+
+@pytest.mark.parametrize("step", [train_loraprune(LoraPrune(2)), train_lhspg(Lhspg(saliency={"magnitude": 1}))])
+def test_what_no_adapter_says_anything_of_is_refused_before_training(step: Pass) -> None:
+    model = get_peft_model(plain("llama"), LoraConfig(target_modules=["q_proj", "k_proj"]))
+    with pytest.raises(GraphPruneError, match="cannot be scored: no layer that it belongs to has LoRA"):
+        graphprune.compile(model, 0.2, passes=(score_by("l2"), allocate_budget("uniform"), step), data=DATA)
+    kept = graphprune.compile(
+        model, 0.05, passes=(score_by("l2"), allocate_budget("uniform"), step), data=DATA, exclude=["*.mlp"]
+    )
+    assert graphprune.report(kept).oracle_error < 1e-5
 
 
 def test_training_wants_data_and_a_copy() -> None:
