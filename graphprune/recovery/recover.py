@@ -185,10 +185,8 @@ class _Run:
 
     def begin(self, model: nn.Module, corpora: Sequence[Corpus]) -> None:
         """Note what the run is of, or check that it is the same as before."""
-        plain = {k: v for k, v in vars(self.settings).items() if k not in ("rows_at_once", "report_to", "trainer")}
-        of = fingerprint.fingerprint(
-            fingerprint.of_model(model), repr(sorted(plain.items())), *(corpus.fingerprint for corpus in corpora)
-        )
+        settings = json.dumps(self.settings.deciding(), sort_keys=True)
+        of = fingerprint.fingerprint(fingerprint.of_model(model), settings, *(corpus.fingerprint for corpus in corpora))
         path = self.folder / "run.json"
         with PartialState().main_process_first():
             if not path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from graphprune.errors import GraphPruneError
@@ -67,6 +67,11 @@ class Recovery:
         for name in ("batch", "rows_at_once", "round_steps", "rounds", "patience"):
             if getattr(self, name) < 1:
                 raise GraphPruneError(f"{name} is at least 1, not {getattr(self, name)}.")
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what comes out, rather than how it is run: a run goes on when these are the same."""
+        how = ("rows_at_once", "checkpoint_steps", "report_to", "trainer")
+        return {name: value for name, value in asdict(self).items() if name not in how}
 
     def accumulation(self, processes: int) -> int:
         """Forwards of one process per step.

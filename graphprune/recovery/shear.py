@@ -260,10 +260,7 @@ def _evaluation(model: nn.Module, tokenizer: Any, measures: Measures) -> Evaluat
 
 def _told(what: Shear) -> dict[str, Any]:
     """The settings that decide what comes out."""
-    told = asdict(what)
-    for name in ("rows_at_once", "report_to", "trainer"):
-        told["recovery"].pop(name)
-    return told
+    return {**asdict(what), "recovery": what.recovery.deciding()}
 
 
 def even_rows(corpora: Sequence[Corpus], samples: int, seed: int) -> torch.Tensor:
