@@ -3,8 +3,8 @@
     python tools/bench_encoder.py MODEL --data DIR [--ratio 0.1]
 
 MODEL is a folder with a text encoder, such as all-MiniLM-L6-v2, and its tokenizer; DIR holds ``calib/c4.jsonl``.
-Printed is how near the embeddings of the pruned model (mean over the tokens) are to the dense ones: the mean cosine over 256
-texts that were not calibrated on, and how often the nearest other text is the same one.
+Printed is how near the embeddings of the pruned model (mean over the tokens) are to the dense ones: the mean cosine
+over 256 texts that were not calibrated on, and how often the nearest other text is the same one.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -24,6 +23,7 @@ from graphprune.io.checked_json import of_kind, read_json, take
 from graphprune.passes.add_adapters import add_adapters
 from graphprune.recovery.checkpoints import last_whole
 from graphprune.recovery.mixture import Weights
+from graphprune.recovery.run_folder import belongs_to
 from graphprune.recovery.settings import Recovery
 from graphprune.recovery.trainer import RecoveryTrainer, losses_in
 from graphprune.trace.adapters import has_adapters
@@ -187,16 +187,7 @@ class _Run:
         """Note what the run is of, or check that it is the same as before."""
         settings = json.dumps(self.settings.deciding(), sort_keys=True)
         of = fingerprint.fingerprint(fingerprint.of_model(model), settings, *(corpus.fingerprint for corpus in corpora))
-        path = self.folder / "run.json"
-        with PartialState().main_process_first():
-            if not path.exists():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps({"of": of}))
-        if take(read_json(path), "of", str, str(path)) != of:
-            raise GraphPruneError(
-                f"{self.folder} holds the recovery of another model, other data or other settings: give another "
-                "folder, or delete it."
-            )
+        belongs_to(self.folder, of, self.settings.deciding())
 
     def stage(self, name: str, adapted: nn.Module, corpora: list[Corpus], dense: nn.Module | None) -> Stage:
         """Train through a stage, or what is left of it; the adapters of its best round are in a file then."""

@@ -17,14 +17,12 @@ the same call.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from graphprune.compiler import compile
@@ -35,7 +33,7 @@ from graphprune.evaluate import Evaluation, evaluate
 from graphprune.evaluate.tasks import Tasks
 from graphprune.io import fingerprint
 from graphprune.io.atomic import replace_file
-from graphprune.io.checked_json import read_json, take
+from graphprune.io.checked_json import read_json
 from graphprune.io.folder import load, save
 from graphprune.passes.analyze_knowledge import analyze_knowledge
 from graphprune.passes.base import Pass
@@ -45,11 +43,11 @@ from graphprune.passes.train_lhspg import Lhspg, train_lhspg
 from graphprune.passes.train_loraprune import LoraPrune, train_loraprune
 from graphprune.recovery.recover import Stage, recover_on
 from graphprune.recovery.report import write_report
+from graphprune.recovery.run_folder import belongs_to, once
 from graphprune.recovery.settings import Recovery
 
 Say = Callable[[str], None]
 PRUNED, MODEL, TOKENS, EVALUATION = "pruned", "model", "tokens", "evaluation.json"
-_POLL = 1.0  # seconds between two looks for what another process makes
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,9 @@ def shear(
     recovered = recover_on(
         pruned, corpora, run.folder / "recovery", dense=model, settings=what.recovery, progress=run.say
     )
-    run.once(MODEL, lambda: save(recovered.model, run.folder / MODEL, tokenizer=tokenizer))
+    once(run.folder / MODEL, lambda: save(recovered.model, run.folder / MODEL, tokenizer=tokenizer))
     models = {"dense": lambda: model, "pruned": lambda: pruned, "recovered": lambda: recovered.model}
-    run.once("report.md", lambda: run.measure(models, tokenizer, measures or Measures(), recovered.stages))
+    once(run.folder / "report.md", lambda: run.measure(models, tokenizer, measures or Measures(), recovered.stages))
     found = read_json(run.folder / EVALUATION)
     return Shorn(recovered.model, recovered.stages, {name: one for name, one in found.items() if name in models})
 
@@ -156,28 +154,7 @@ class _Run:
     def begin(self, model: nn.Module) -> None:
         """Note what the run is of, or check that it is the same as before."""
         of = fingerprint.fingerprint(fingerprint.of_model(model), repr(_told(self.what)))
-        path = self.folder / "run.json"
-
-        def note() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            replace_file(path, json.dumps({"of": of, "settings": _told(self.what)}, default=str, indent=1))
-
-        self.once("run.json", note)
-        if take(read_json(path), "of", str, str(path)) != of:
-            raise GraphPruneError(
-                f"{self.folder} is a run of another model or of other settings: give another folder, or delete it."
-            )
-
-    def once(self, name: str, make: Callable[[], None]) -> None:
-        """Have the first process make what is to be at ``name``, if it is not there; the others wait until it is.
-
-        Not at a barrier: a stage may take longer than barriers wait.
-        """
-        path = self.folder / name
-        if PartialState().is_main_process and not path.exists():
-            make()
-        while not path.exists():
-            time.sleep(_POLL)
+        belongs_to(self.folder, of, _told(self.what))
 
     def tokens(self, sources: list[Source], tokenizer: Any) -> list[Corpus]:
         what = self.what
@@ -211,7 +188,7 @@ class _Run:
             save(small, self.folder / PRUNED, tokenizer=tokenizer)
             (self.folder / _STATE).unlink(missing_ok=True)
 
-        self.once(PRUNED, make)
+        once(self.folder / PRUNED, make)
 
     def _passes(self) -> tuple[Pass, ...]:
         what = self.what

@@ -197,9 +197,9 @@ def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
     with pytest.raises(GraphPruneError, match="no multiple of the 3 rows"):
         recover_on(model, corpora(), tmp_path, settings=Recovery(**{**QUICK, "mixing": "uniform", "rows_at_once": 3}))
     recover_on(model, corpora(), tmp_path / "one", settings=uniform)
-    with pytest.raises(GraphPruneError, match="another model, other data or other settings"):
+    with pytest.raises(GraphPruneError, match="a run of another model, other data or other settings"):
         recover_on(llama(seed=1), corpora(), tmp_path / "one", settings=uniform)
-    with pytest.raises(GraphPruneError, match="another model, other data or other settings"):
+    with pytest.raises(GraphPruneError, match="a run of another model, other data or other settings"):
         recover_on(model, corpora(), tmp_path / "one", settings=Recovery(**{**QUICK, "mixing": "uniform", "lr": 1e-3}))
 
 

@@ -141,7 +141,7 @@ def test_it_goes_on_where_it_stopped(at: str, model: Path, data: Path, tmp_path:
 
 def test_a_run_of_something_else_is_refused(model: Path, data: Path, tmp_path: Path) -> None:
     shear(load(model), tmp_path, replace(WHAT, method="wanda-sp"), **given(model, data))
-    with pytest.raises(GraphPruneError, match="another model or of other settings"):
+    with pytest.raises(GraphPruneError, match="a run of another model, other data or other settings"):
         shear(load(model), tmp_path, replace(WHAT, method="wanda-sp", ratio=0.3), **given(model, data))
 
 
