@@ -1,6 +1,7 @@
 """``save`` and ``load``: a pruned model as a folder of safetensors and JSON, never pickle.
 
-A folder holds config.json (the config before the first pruning, Hugging Face models only), generation_config.json,
+A folder holds config.json (Hugging Face models only: the config of the pruned model when it was made with ``deploy``,
+else the one before the first pruning), generation_config.json,
 model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict),
 the tokenizer, and graphprune.json (:mod:`graphprune.io.manifest`).
 """
@@ -235,7 +236,7 @@ def _add_bias(model: nn.Module, path: str) -> None:
 
 def _check_count(model: nn.Module, manifest: Manifest, done: Report) -> None:
     """The model that was pruned had exactly these parameters: finds a config or factory of another size."""
-    before = (*done.history, done)[0].parameters_before
+    before = _parameters_of_config(done)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     new = {f"{path}.bias" for path in done.new_biases}
     stored = {key for key, one in manifest.tensors.items() if one.kind == "parameter"}
@@ -245,6 +246,13 @@ def _check_count(model: nn.Module, manifest: Manifest, done: Report) -> None:
             f"{type(model).__name__} has {count:,} parameters as it is built now, but {before:,} when it was pruned: "
             "this is not the model that the folder was made from."
         )
+
+
+def _parameters_of_config(done: Report) -> int:
+    """How many parameters config.json describes: those before the first pruning, or after the last that it follows."""
+    reports = (*done.history, done)
+    stated = [one.parameters_after for one in reports if one.fields is not None]
+    return stated[-1] if stated else reports[0].parameters_before
 
 
 def _stored_name(manifest: Manifest, name: str) -> str:
