@@ -166,8 +166,9 @@ def _prune(options: argparse.Namespace) -> None:
     found = graphprune.report(pruned)
     facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
     if options.json:
-        fields = {} if found.fields is None else {"fields": found.fields, "unsaid": found.unsaid}
-        print(json.dumps({**facts, **fields, "widths": found.widths, "skipped": found.skipped, "output": str(output)}, indent=1))
+        if found.fields is not None:
+            facts |= {"fields": found.fields, "unsaid": found.unsaid}
+        print(json.dumps({**facts, "widths": found.widths, "skipped": found.skipped, "output": str(output)}, indent=1))
     else:
         print_tables(found, facts)
         print(f"written to {output}")

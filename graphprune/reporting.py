@@ -74,7 +74,6 @@ class Report:
             + (", as a graph for the shapes of the example inputs only" if self.emitted == "graph" else "")
         )
 
-
     def deployed(self) -> str:
         """Which fields of the config changed, and how many groups stayed because none says their size."""
         changes = ", ".join(f"{name} {old} → {new}" for name, (old, new) in (self.fields or {}).items())

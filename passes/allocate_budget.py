@@ -110,7 +110,10 @@ def sparing(program: Program) -> Keys:
     places = _places(program) if program.classes is None else {}
     keys: Keys = {}
     for group in candidates(program):
-        ends = [place < round(count / 10) or place >= count - round(count / 16) for place, count in places.get(group.name, [])]
+        ends = [
+            place < round(count / 10) or place >= count - round(count / 16)
+            for place, count in places.get(group.name, [])
+        ]
         late = 0.5 if any(ends) or group.size < 8 else 0.0
         keys[group.name] = _in_shares(group, 1.0) + late
     return keys
@@ -148,7 +151,12 @@ def _check_alike(program: Program, keys: Keys) -> None:
         first, *others = one
         for name in others:
             mine, other = keys.get(first), keys.get(name)
-            alike = mine is other is None or mine is not None and other is not None and mine[0] * len(mine) == other[0] * len(other)
+            alike = (
+                mine is other is None
+                or mine is not None
+                and other is not None
+                and mine[0] * len(mine) == other[0] * len(other)
+            )
             if not alike:
                 raise GraphPruneError(
                     f"allocation= gives {first} and {name} other ratios, but with deploy='transformers' one field of the "

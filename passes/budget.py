@@ -246,9 +246,7 @@ def _settle(
     return removed
 
 
-def _further(
-    blocks: _Blocks, taken: list[int], place: int, said: Callable[[dict[str, int]], bool]
-) -> list[int] | None:
+def _further(blocks: _Blocks, taken: list[int], place: int, said: Callable[[dict[str, int]], bool]) -> list[int] | None:
     """``taken`` with the fewest more blocks of one class that can be said, if any can."""
     for count in range(taken[place] + 1, min(len(blocks.keys[place]), taken[place] + _FAR) + 1):
         other = [count if n == place else one for n, one in enumerate(taken)]

@@ -28,9 +28,7 @@ def tie_counts(program: Program) -> None:
 
 def _check_described(program: Program, fields: Fields) -> None:
     """The class must build the model as it is, before anything is removed."""
-    built = {
-        (row.name, row.place): size for row, size in fields.base.items() if row.kind in ("tensor", "computed")
-    }
+    built = {(row.name, row.place): size for row, size in fields.base.items() if row.kind in ("tensor", "computed")}
     held = {(name, dim): size for name, tensor in names(program.model).items() for dim, size in enumerate(tensor.shape)}
     kind = fields.stock.config_kind.__name__
     for place in {**built, **held}:

@@ -88,7 +88,9 @@ class _Matrix:
         rows = list(dict.fromkeys(row for one in (*columns, *self._fields.slopes.values()) for row in one))
         if not rows or not columns:
             return np.zeros((0, len(columns)))
-        scale = np.array([max(abs(one.get(row, 0)) for one in (*columns, *self._fields.slopes.values())) for row in rows])
+        scale = np.array(
+            [max(abs(one.get(row, 0)) for one in (*columns, *self._fields.slopes.values())) for row in rows]
+        )
         pruned = np.array([[one.get(row, 0) for one in columns] for row in rows]) / scale[:, None]
         said = np.array([[one.get(row, 0.0) for one in self._fields.slopes.values()] for row in rows])
         said = (said / scale[:, None]).reshape(len(rows), -1)
@@ -128,7 +130,8 @@ class _Matrix:
         skipped: dict[str, str] = self._program.need("skipped")
         for group in self._program.need("groups"):
             if group.name in skipped and any(
-                row.kind == "tensor" and m.tensor == canonical.get(row.name) and m.dim == row.place for m in group.members
+                row.kind == "tensor" and m.tensor == canonical.get(row.name) and m.dim == row.place
+                for m in group.members
             ):
                 return f", which is left alone: {skipped[group.name]}"
         return ""

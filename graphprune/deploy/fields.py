@@ -152,4 +152,3 @@ def _power(value: int, now: float, other: int, then: float) -> tuple[float, Law]
 def name_of(path: Path) -> str:
     """``vision_config.hidden_size``."""
     return ".".join(path)
-

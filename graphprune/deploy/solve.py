@@ -85,8 +85,10 @@ def _moved(old: dict[Path, int], values: dict[Path, int]) -> dict[Path, int]:
 def _wanted(program: Program, fields: Fields, size: Callable[[Axis], int]) -> Rows:
     """Every number as it must be after pruning, given the size of every leaf then."""
     sizes = Sizes.of_program(program).of
-    return {row: sizes[row].value(size) if row in sizes and row.kind != "computed" else value
-            for row, value in fields.base.items()}
+    return {
+        row: sizes[row].value(size) if row in sizes and row.kind != "computed" else value
+        for row, value in fields.base.items()
+    }
 
 
 def _independent(fields: Fields) -> list[Path]:
@@ -121,12 +123,14 @@ def _stated(fields: Fields, values: dict[Path, int], wanted: Rows, attributes: l
             said = fewer
     before = fields.stock.settings
     settings = changed(before, said)
-    return Stated(settings, fields.stock.config(settings), {name_of(path): (at(before, path), value) for path, value in said.items()})
+    return Stated(
+        settings,
+        fields.stock.config(settings),
+        {name_of(path): (at(before, path), value) for path, value in said.items()},
+    )
 
 
-def _inexpressible(
-    fields: Fields, values: dict[Path, int], rows: Rows, wanted: Rows, refusal: str
-) -> GraphPruneError:
+def _inexpressible(fields: Fields, values: dict[Path, int], rows: Rows, wanted: Rows, refusal: str) -> GraphPruneError:
     kind = fields.stock.config_kind.__name__
     said = ", ".join(f"{name_of(path)}={value}" for path, value in values.items()) or "its present values"
     what = f" It refuses {said}: {refusal}"
@@ -141,4 +145,3 @@ def _inexpressible(
 
 def _number(value: float | None) -> str:
     return "missing" if value is None else f"{value:g}"
-

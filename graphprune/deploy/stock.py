@@ -70,8 +70,10 @@ class Stock:
         self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
         self._choices = {
             name: value
-            for name, held in (("attn_implementation", "_attn_implementation"),
-                               ("experts_implementation", "_experts_implementation"))
+            for name, held in (
+                ("attn_implementation", "_attn_implementation"),
+                ("experts_implementation", "_experts_implementation"),
+            )
             if isinstance(value := getattr(config, held, None), str)
         }
 
@@ -111,9 +113,7 @@ class Stock:
 
     def integers(self, settings: Settings) -> list[Path]:
         """Every setting that is a positive integer, in configs in the config too."""
-        return [
-            path for path, value in _entries(self.config(settings), settings) if type(value) is int and value > 0
-        ]
+        return [path for path, value in _entries(self.config(settings), settings) if type(value) is int and value > 0]
 
     def unset(self, settings: Settings) -> list[Path]:
         """Every setting that is None."""

@@ -30,7 +30,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
         ],
         "skipped": report.skipped,
         **({"new_biases": report.new_biases} if report.new_biases else {}),
-        **({} if report.fields is None else {"fields": report.fields, "unsaid": report.unsaid}),
+        **_stated(report),
         "plan": json.loads(report.plan.to_json()),
     }
 
@@ -60,6 +60,12 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         fields=_fields(data["fields"], f"{where}: fields") if "fields" in data else None,
         unsaid=of_kind(data.get("unsaid", 0.0), _NUMBER, f"{where}: unsaid"),
     )
+
+
+def _stated(report: Report) -> dict[str, Any]:
+    if report.fields is None:
+        return {}
+    return {"fields": {name: list(pair) for name, pair in report.fields.items()}, "unsaid": report.unsaid}
 
 
 def _fields(items: Any, where: str) -> dict[str, tuple[int | None, int]]:
