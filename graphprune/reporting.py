@@ -35,9 +35,9 @@ class Report:
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
         new_biases: linear layers that got a bias, by their paths, over all prunings so far.
-        fields: with ``deploy``, config field → (before, after), of those that changed; before None where there was none.
-            None for a model that its config does not describe. unsaid: share of the prunable groups that ``deploy`` left
-            alone, since no field says their size alone.
+        fields: with ``deploy``, config field → (before, after), of those that changed; before None where there was
+            none. None for a model that its config does not describe.
+        unsaid: share of the prunable groups that ``deploy`` left alone, since no field says their size alone.
         emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
     """
 

@@ -150,18 +150,16 @@ def _check_alike(program: Program, keys: Keys) -> None:
     for one in program.classes or ():
         first, *others = one
         for name in others:
-            mine, other = keys.get(first), keys.get(name)
-            alike = (
-                mine is other is None
-                or mine is not None
-                and other is not None
-                and mine[0] * len(mine) == other[0] * len(other)
-            )
-            if not alike:
+            if _share(keys, first) != _share(keys, name):
                 raise GraphPruneError(
-                    f"allocation= gives {first} and {name} other ratios, but with deploy='transformers' one field of the "
-                    "config says both sizes: give them one ratio, such as {'*.mlp': 0.3}, or leave out deploy=."
+                    f"allocation= gives {first} and {name} other ratios, but with deploy='transformers' one field of "
+                    "the config says both sizes: give them one ratio, such as {'*.mlp': 0.3}, or leave out deploy=."
                 )
+
+
+def _share(keys: Keys, name: str) -> float:
+    """The share that :func:`_in_shares` made the keys of a group from; 0 where there are none."""
+    return round(0.5 / (float(keys[name][0]) * len(keys[name])), 9) if name in keys else 0.0
 
 
 def candidates(program: Program) -> list[NodeGroup]:

@@ -116,7 +116,7 @@ def _merged_away(program: Program) -> set[str]:
 
 
 class _Blocks:
-    """The structures of every class of groups as blocks that go together, so that widths stay multiples of ``round_to``.
+    """The structures of every class of groups as blocks that go together, so that widths stay multiples.
 
     ``keys`` has, for every class, the key of each of its blocks: that of the last structure in it, over the groups of
     the class on average.
@@ -256,11 +256,11 @@ def _further(blocks: _Blocks, taken: list[int], place: int, said: Callable[[dict
 
 
 def _not_said(program: Program, reached: float, further: float | None) -> GraphPruneError:
-    near = [f"{ratio:.4f}" for ratio in (reached, further) if ratio]
+    near = " and ".join(f"{ratio:.4f}" for ratio in (reached, further) if ratio)
     return GraphPruneError(
-        f"ratio {program.options.ratio} cannot be reached with deploy='transformers', where all layers shrink alike and "
-        f"the config must allow their sizes. The nearest that can be: {' and '.join(near) or 'none'}. Ask for that, or let "
-        "more of the model shrink (include=, width=, round_to=)."
+        f"ratio {program.options.ratio} cannot be reached with deploy='transformers', where all layers shrink alike "
+        f"and the config must allow their sizes. The nearest that can be: {near or 'none'}. Ask for that, or let more "
+        "of the model shrink (include=, width=, round_to=)."
     )
 
 

@@ -1,4 +1,4 @@
-"""``deploy="transformers"``: the config that describes the pruned model, and the proof that its class then computes it."""
+"""``deploy="transformers"``: the config that describes the pruned model, and the proof that its class computes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``deploy="transformers"``: only what the model's own config can say may shrink, and groups that it says at once alike."""
+"""``deploy="transformers"``: only what the config can say may shrink, and what it says at once shrinks alike."""
 
 from __future__ import annotations
 

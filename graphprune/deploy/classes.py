@@ -2,8 +2,8 @@
 
 All is linear where the model is now: pruning groups at rates ``w`` makes the numbers of the model change at ``G w``,
 changing fields at rates ``y`` makes them change at ``J y``. What a config can say is every ``w`` for which there is a
-``y`` with ``G w = J y``. Written so that as many of its entries as possible are zero, a basis of these is the *classes*:
-the feed-forward widths of all layers, the key heads of all layers.
+``y`` with ``G w = J y``. A basis of these, with as many zeros in it as can be, is the *classes*: the feed-forward
+widths of all layers, the key heads of all layers.
 """
 
 from __future__ import annotations
@@ -84,16 +84,15 @@ class _Matrix:
 
     def expressible(self) -> np.ndarray:
         """A basis of the rates that fields can say, in reduced form: shape (classes, groups)."""
-        columns = [self._of_group[group.name] for group in self._groups]
-        rows = list(dict.fromkeys(row for one in (*columns, *self._fields.slopes.values()) for row in one))
-        if not rows or not columns:
-            return np.zeros((0, len(columns)))
-        scale = np.array(
-            [max(abs(one.get(row, 0)) for one in (*columns, *self._fields.slopes.values())) for row in rows]
-        )
-        pruned = np.array([[one.get(row, 0) for one in columns] for row in rows]) / scale[:, None]
-        said = np.array([[one.get(row, 0.0) for one in self._fields.slopes.values()] for row in rows])
-        said = (said / scale[:, None]).reshape(len(rows), -1)
+        groups = [self._of_group[group.name] for group in self._groups]
+        fields = list(self._fields.slopes.values())
+        rows = list(dict.fromkeys((*(row for one in groups for row in one), *(row for one in fields for row in one))))
+        if not rows or not groups:
+            return np.zeros((0, len(groups)))
+        pruned = np.array([[one.get(row, 0) for one in groups] for row in rows], dtype=float)
+        said = np.array([[one.get(row, 0.0) for one in fields] for row in rows]).reshape(len(rows), -1)
+        scale = np.abs(np.hstack((pruned, said))).max(axis=1, keepdims=True)
+        pruned, said = pruned / scale, said / scale
         unit = np.linalg.norm(pruned, axis=0)
         unit[unit == 0] = 1
         rest = pruned / unit

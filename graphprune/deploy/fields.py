@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graphprune.deploy.stock import Path, Row, Rows, Settings, Stock, at, changed, rows_of
+from graphprune.deploy.stock import Path, Rows, Settings, Stock, at, changed, rows_of
 from graphprune.trace.provenance import Attribute
 
 Law = Callable[[int], float]
@@ -60,7 +60,7 @@ def find_fields(stock: Stock, attributes: list[Attribute]) -> Fields:
 
 def _implied(stock: Stock, settings: Settings, path: Path, base: Rows, attributes: list[Attribute]) -> int | None:
     """The value that a field without one amounts to: that which, said aloud, changes nothing."""
-    probes = []
+    probes: list[tuple[int, Rows]] = []
     for guess in _GUESSES:
         rows = _probe(stock, changed(settings, {path: guess}), attributes)
         if rows is None:

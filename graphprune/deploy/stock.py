@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.io.empty_model import class_in_transformers
+from graphprune.io.empty_model import class_in_transformers, without_weights
 from graphprune.io.stored_config import read_settings
 from graphprune.trace.provenance import Attribute, get_attribute
 from graphprune.trace.quiet import REFUSALS
@@ -33,8 +33,8 @@ STOCK_REFUSALS = (*REFUSALS, ArithmeticError, ImportError, StrictDataclassError)
 class Row:
     """One number of a built model.
 
-    ``kind`` is ``"tensor"`` (a dimension of a parameter or of a buffer in the state dict), ``"computed"`` (a dimension of
-    a buffer that the class computes itself), ``"number"`` (a float that a module holds) or ``"size"`` (an integer that
+    ``kind`` is ``"tensor"`` (a dimension of a parameter or of a buffer in the state dict), ``"computed"`` (one of a
+    buffer that the class computes itself), ``"number"`` (a float that a module holds) or ``"size"`` (an integer that
     forward uses as a size).
     """
 
@@ -60,9 +60,8 @@ class Stock:
         config: Any = getattr(model, "config", None)
         if class_in_transformers(name) is not type(model) or not hasattr(config, "to_json_string"):
             raise GraphPruneError(
-                f"deploy='transformers' needs a model class of transformers with its config, which {name} is not: leave "
-                "deploy= out, and load what save writes with graphprune.load. Adapters have to be merged first "
-                "(merge_and_unload)."
+                f"deploy='transformers' needs a model class of transformers, with its config; {name} is none: leave it "
+                "out, and load with graphprune.load what save writes. Merge adapters first (merge_and_unload)."
             )
         self.kind: Any = type(model)
         self.config_kind: Any = type(config)
@@ -89,9 +88,7 @@ class Stock:
 
     def build_with_buffers(self, settings: Settings) -> nn.Module:
         """The model with parameters on the meta device, and the buffers that its class computes."""
-        from accelerate import init_empty_weights
-
-        with init_empty_weights(include_buffers=False):
+        with without_weights(computes=True):
             return self._from(self.config(settings))
 
     def try_to_build(self, settings: Settings) -> nn.Module | None:

@@ -138,8 +138,8 @@ class Program:
     ``id(parameter)`` → tensor; ``new_biases`` those of linear layers that had none: module path → tensor. The pruned
     model and the masked original have them alike.
     ``batches`` are what :func:`graphprune.data.calibration.calibration_batches` made.
-    ``fields`` are what the fields of the config say, and ``classes`` the groups that must shrink together for the config
-    to say it, each with how many of its indices go in one step; both only with ``deploy``. ``stated`` is the new config,
+    Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
+    together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
     ``unsaid`` how many groups are left alone because no field says their size.
     """
 

@@ -127,7 +127,7 @@ CASES: dict[str, Case] = {
             "eos_token_id": 2,
         },
         "AutoModelForCausalLM",
-        {},
+        {"n_inner": (None, 97), "n_embd": (32, 24), "n_head": (8, 6)},
         0.4,
         {"width": True},
     ),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import graphprune
 
 TOKENS = torch.arange(34).reshape(2, 17) * 7 % 96
 IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 # Runs in a process of its own, where importing anything of graphprune raises.
 STOCK = """
@@ -39,7 +39,7 @@ given = load_file(f"{folder}/given.safetensors")
 made, notes = {}, {}
 for name, (auto, generates) in json.load(open(f"{folder}/cases.json")).items():
     model, info = getattr(transformers, auto).from_pretrained(f"{folder}/{name}", output_loading_info=True)
-    notes[name] = {"class": type(model).__name__, **{key: sorted(map(str, value)) for key, value in info.items() if value}}
+    notes[name] = {"class": type(model).__name__, **{key: str(value) for key, value in info.items() if value}}
     with torch.no_grad():
         if "ImageClassification" in auto:
             made[name] = model(given["images"]).logits
@@ -48,7 +48,7 @@ for name, (auto, generates) in json.load(open(f"{folder}/cases.json")).items():
         else:
             made[name] = model(given["tokens"]).logits
         if generates:
-            made[f"{name}.generated"] = model.generate(given["tokens"], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            made[f"{name}.generated"] = model.generate(given["tokens"], **json.loads(sys.argv[2]))
 save_file({key: value.contiguous() for key, value in made.items()}, f"{folder}/made.safetensors")
 json.dump(notes, open(f"{folder}/notes.json", "w"))
 """
@@ -64,7 +64,7 @@ def logits(model: nn.Module, auto: str) -> torch.Tensor:
 
 
 def generated(model: Any) -> torch.Tensor:
-    return model.generate(TOKENS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    return model.generate(TOKENS, **GENERATE)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def pruned() -> dict[str, nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def folder(pruned: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(pruned: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All models saved, and what transformers alone makes of them."""
     folder = tmp_path_factory.mktemp("deployed")
     for name, model in pruned.items():
@@ -85,9 +85,10 @@ def folder(pruned: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactor
     save_file({"tokens": TOKENS, "images": IMAGES}, folder / "given.safetensors")
     cases = {name: (case.auto, case.generates) for name, case in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    done = subprocess.run([sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, cwd=folder)
+    command = [sys.executable, "-c", STOCK, str(folder), json.dumps(GENERATE)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    yield folder
+    return folder
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,6 +108,14 @@ def test_transformers_alone_computes_the_same(pruned: dict[str, nn.Module], fold
     assert notes == {"class": type(pruned[name]).__name__}  # nothing missing, unexpected, or of another shape
     if CASES[name].generates:
         assert torch.equal(made[f"{name}.generated"], generated(pruned[name]))
+
+
+def test_nothing_else_is_in_the_folder(folder: Path) -> None:
+    """Tools that read every .safetensors file of a folder find only what is in the state dict."""
+    for name, case in CASES.items():
+        files = {path.name for path in (folder / name).iterdir()}
+        generation = {"generation_config.json"} if case.generates else set()
+        assert files == {"config.json", "graphprune.json", "model.safetensors"} | generation
 
 
 @pytest.mark.parametrize("name", CASES)
