@@ -108,7 +108,7 @@ def make_report(
         emitted=program.options.emit,
         new_biases=[*(earlier.new_biases if earlier else []), *program.new_biases],
         fields=None if program.stated is None else dict(program.stated.fields),
-        unsaid=program.unsaid / max(1, program.unsaid + len(program.need("prunable"))) if program.stated else 0.0,
+        unsaid=len(program.unsaid) / max(1, len(program.unsaid) + len(program.need("prunable"))),
     )
 
 

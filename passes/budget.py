@@ -277,9 +277,10 @@ def _unreachable(program: Program, reachable: float) -> GraphPruneError:
             held[f"{group.name} ({size:,} parameters): {reason}"] = size
     worst = sorted(held, key=lambda line: -held[line])[:5]
     lines = "".join(f"\n  {line}" for line in worst)
+    unsaid = "".join(f"\n  {name}: {reason}" for name, reason in list(program.unsaid.items())[:3])
     rounded = f" and round_to={program.options.round_to}" if program.options.round_to > 1 else ""
     return GraphPruneError(
         f"ratio {program.options.ratio} cannot be reached: {reachable:.4f} is as far as it goes with one index left "
         f"on every axis (or what must stay of it){rounded}. "
-        f"What holds the most of the rest:{lines}"
+        f"What holds the most of the rest:{lines}{unsaid}"
     )

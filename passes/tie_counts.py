@@ -23,7 +23,7 @@ def tie_counts(program: Program) -> None:
     program.classes, reasons = find_classes(program, program.fields)
     program.need("skipped").update(reasons)
     program.prunable = [group for group in program.need("prunable") if group.name not in reasons]
-    program.unsaid = len(reasons)
+    program.unsaid = reasons
 
 
 def _check_described(program: Program, fields: Fields) -> None:

@@ -140,7 +140,7 @@ class Program:
     ``batches`` are what :func:`graphprune.data.calibration.calibration_batches` made.
     Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
     together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
-    ``unsaid`` how many groups are left alone because no field says their size.
+    ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
     """
 
     model: nn.Module
@@ -157,7 +157,7 @@ class Program:
     fields: Fields | None = None
     classes: list[dict[str, int]] | None = None
     stated: Stated | None = None
-    unsaid: int = 0
+    unsaid: dict[str, str] = field(default_factory=dict)
     batches: list[dict[str, Any]] | None = None
     knowledge: Knowledge | None = None
     scores: dict[str, torch.Tensor] | None = None

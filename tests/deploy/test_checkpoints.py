@@ -40,6 +40,8 @@ made, notes = {}, {}
 for name, (auto, generates) in json.load(open(f"{folder}/cases.json")).items():
     model, info = getattr(transformers, auto).from_pretrained(f"{folder}/{name}", output_loading_info=True)
     notes[name] = {"class": type(model).__name__, **{key: str(value) for key, value in info.items() if value}}
+    for parameter in model.parameters():  # not where the file is mapped to, which may be off the boundaries of SIMD
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         if "ImageClassification" in auto:
             made[name] = model(given["images"]).logits
