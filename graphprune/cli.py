@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         "--width", action="store_true", help="also prune the residual width, and what else is normalised"
     )
     prune.add_argument("--experts", action="store_true", help="also prune whole experts of mixtures")
+    prune.add_argument(
+        "--deploy",
+        choices=("transformers",),
+        help="shrink only what the config of the model can say, so that stock from_pretrained loads the result",
+    )
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--device", metavar="NAME", help="where data runs, such as cuda; weights come block by block")
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
@@ -152,6 +157,7 @@ def _prune(options: argparse.Namespace) -> None:
             seed=options.seed,
             device=options.device,
             verify=not options.no_verify,
+            deploy=options.deploy,
             inplace=True,
             progress=status.update,
         )
@@ -160,6 +166,8 @@ def _prune(options: argparse.Namespace) -> None:
     found = graphprune.report(pruned)
     facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
     if options.json:
+        if found.fields is not None:
+            facts |= {"fields": found.fields, "unsaid": found.unsaid}
         print(json.dumps({**facts, "widths": found.widths, "skipped": found.skipped, "output": str(output)}, indent=1))
     else:
         print_tables(found, facts)
@@ -193,6 +201,8 @@ def print_tables(report: Any, facts: dict[str, Any]) -> None:
     console.print(table)
     error = "not verified" if report.oracle_error is None else f"{report.oracle_error:.1e}"
     console.print(f"oracle error {error} of the largest output, {report.total_seconds:.1f} s")
+    if report.fields is not None:
+        console.print(report.deployed())
     columns, rows = widths_by_block(report.widths)
     if rows:
         widths = Table("block", *columns, title="widths that changed")

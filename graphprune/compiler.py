@@ -26,6 +26,8 @@ from graphprune.passes.merge_adapters import merge_adapters
 from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.passes.replay_plan import replay_plan
 from graphprune.passes.score.taylor import AGGREGATIONS
+from graphprune.passes.state_config import give_config, state_config
+from graphprune.passes.tie_counts import tie_counts
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.dispatched import gathered, is_dispatched, main_device
 from graphprune.trace.inputs import example_inputs_for, normalise
@@ -65,6 +67,7 @@ def compile(
     verify: bool = True,
     inplace: bool = False,
     emit: str = "module",
+    deploy: str | None = None,
     merge: bool | None = None,
     instruct: Any = None,
     recovery: Recovery | None = None,
@@ -142,6 +145,9 @@ def compile(
             forward takes and returns for ``example_inputs``, and only that: shapes other than those of the pruned
             axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
             :func:`save`; its ``state_dict`` and ``torch.export`` can.
+        deploy: ``"transformers"`` for a result that the stock class of transformers loads with nothing of graphprune
+            installed: what the config says once for all layers shrinks in all layers alike, and what no field of it
+            says stays. The report has the fields that changed and the share of groups that this left alone.
         merge: whether adapters of peft are merged into the weights of the pruned model; by default those that a method
             trains are, and others stay as they are, sliced to fit. A method that trains adds LoRA to a model without.
         instruct: instructions to train the pruned model on, after the texts of ``data``, so that it recovers what it
@@ -159,6 +165,7 @@ def compile(
     """
     start = time.perf_counter()
     _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, aggregation, emit, inplace)
+    _check_deploy(deploy, emit)
     options = Options(
         ratio=ratio,
         method=method,
@@ -181,12 +188,15 @@ def compile(
         verify=verify,
         inplace=inplace,
         emit=emit,
+        deploy=deploy,
     )
     if device is not None:
         _check_device(device)
     how = (replay_plan(plan),) if plan is not None else passes_of(options.method) if passes is None else tuple(passes)
     if unprunable_ratio and plan is None:
         how = (analyze_knowledge(unprunable_ratio), *how)
+    if deploy is not None:
+        how = (tie_counts, *how)
     trains = any(step.prepare is not None for step in how)
     if inplace and trains:
         raise GraphPruneError(f"{method!r} trains a copy with adapters, so it cannot prune in place.")
@@ -219,6 +229,8 @@ def compile(
     pruned = program.need("pruned")
     if traced is not model:
         _require_gradients_as(model, pruned)
+    if program.stated is not None:
+        base_config = program.stated.config
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
     return _recovered(pruned, model, options, instruct, recovery) if recovers else pruned
@@ -301,6 +313,8 @@ def _pipeline(program: Program, how: tuple[Pass, ...]) -> tuple[Pass, ...]:
     on_meta = is_on_meta(program.model)
     front = pipelines.plan(how)
     back = (merge_adapters,) if options.merge else ()
+    if options.deploy is not None:
+        front, back = (*front, state_config), (*back, give_config)
     if options.emit == "graph":
         return (*front, *(pipelines.EMIT_GRAPH[:1] if on_meta or not options.verify else pipelines.EMIT_GRAPH))
     if on_meta or not options.verify:
@@ -362,8 +376,15 @@ def _check_arguments(
         raise GraphPruneError("skip_first and skip_last count blocks and cannot be negative.")
 
 
+def _check_deploy(deploy: Any, emit: str) -> None:
+    if deploy not in (None, "transformers"):
+        raise GraphPruneError(f"deploy is 'transformers', or None for a model that graphprune loads, not {deploy!r}.")
+    if deploy is not None and emit == "graph":
+        raise GraphPruneError("emit='graph' makes no model of a class: leave out deploy=.")
+
+
 def _base_config(model: nn.Module) -> Any:
-    """The config as it was before the first pruning, for building the unpruned class again on loading."""
+    """The config that builds what all prunings since started from: as it was before the first, or deployed last."""
     earlier: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
     if earlier is not None:
         return earlier.base_config

@@ -35,6 +35,9 @@ class Report:
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
         new_biases: linear layers that got a bias, by their paths, over all prunings so far.
+        fields: with ``deploy``, config field → (before, after), of those that changed; before None where there was
+            none. None for a model that its config does not describe.
+        unsaid: share of the prunable groups that ``deploy`` left alone, since no field says their size alone.
         emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
     """
 
@@ -53,6 +56,8 @@ class Report:
     base_config: Any
     emitted: str = "module"
     new_biases: list[str] = field(default_factory=list)
+    fields: dict[str, tuple[int | None, int]] | None = None
+    unsaid: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -65,8 +70,14 @@ class Report:
         return (
             f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
             f"{axes}, {proof}, {self.total_seconds:.1f} s"
+            + ("" if self.fields is None else f"; {self.deployed()}")
             + (", as a graph for the shapes of the example inputs only" if self.emitted == "graph" else "")
         )
+
+    def deployed(self) -> str:
+        """Which fields of the config changed, and how many groups stayed because none says their size."""
+        changes = ", ".join(f"{name} {old} → {new}" for name, (old, new) in (self.fields or {}).items())
+        return f"config: {changes or 'as it was'}; {self.unsaid:.0%} of the groups left alone for it"
 
 
 def make_report(
@@ -96,6 +107,8 @@ def make_report(
         base_config=base_config,
         emitted=program.options.emit,
         new_biases=[*(earlier.new_biases if earlier else []), *program.new_biases],
+        fields=None if program.stated is None else dict(program.stated.fields),
+        unsaid=len(program.unsaid) / max(1, len(program.unsaid) + len(program.need("prunable"))),
     )
 
 

@@ -105,12 +105,15 @@ def sparing(program: Program) -> Keys:
 
     Delicate are the first tenth and the last sixteenth of every sequence of blocks, and axes of fewer than 8
     structures, which can only lose much at once: the heads of a small model. LLM-Pruner (arXiv 2305.11627) spares the
-    first 3 to 4 and the last 1 to 2 of 32 blocks.
+    first 3 to 4 and the last 1 to 2 of 32 blocks. Where all blocks must shrink alike, none are spared.
     """
-    places = _places(program)
+    places = _places(program) if program.classes is None else {}
     keys: Keys = {}
     for group in candidates(program):
-        ends = [place < round(count / 10) or place >= count - round(count / 16) for place, count in places[group.name]]
+        ends = [
+            place < round(count / 10) or place >= count - round(count / 16)
+            for place, count in places.get(group.name, [])
+        ]
         late = 0.5 if any(ends) or group.size < 8 else 0.0
         keys[group.name] = _in_shares(group, 1.0) + late
     return keys
@@ -138,7 +141,25 @@ def explicit(program: Program, ratios: Mapping[str, float]) -> Keys:
             f"The pattern {min(unused)!r} of allocation= matches no axis that may be pruned. Patterns are "
             "shell-like and match module paths, such as 'model.layers.3.mlp' or '*.self_attn'."
         )
+    _check_alike(program, keys)
     return keys
+
+
+def _check_alike(program: Program, keys: Keys) -> None:
+    """Groups of one class shrink in lockstep: no allocation of a user's may want something else."""
+    for one in program.classes or ():
+        first, *others = one
+        for name in others:
+            if _share(keys, first) != _share(keys, name):
+                raise GraphPruneError(
+                    f"allocation= gives {first} and {name} other ratios, but with deploy='transformers' one field of "
+                    "the config says both sizes: give them one ratio, such as {'*.mlp': 0.3}, or leave out deploy=."
+                )
+
+
+def _share(keys: Keys, name: str) -> float:
+    """The share that :func:`_in_shares` made the keys of a group from; 0 where there are none."""
+    return round(0.5 / (float(keys[name][0]) * len(keys[name])), 9) if name in keys else 0.0
 
 
 def candidates(program: Program) -> list[NodeGroup]:

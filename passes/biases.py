@@ -30,7 +30,8 @@ class Bias:
 def bias_of(program: Program, node: fx.Node, weight: str) -> Bias | None:
     """The bias of the operator ``node``, which multiplies by the parameter ``weight``; None where there can be none.
 
-    A plain :class:`torch.nn.Linear` without a bias can get one. An emitted graph cannot.
+    A plain :class:`torch.nn.Linear` without a bias can get one. An emitted graph cannot, nor a
+    model that its class must be able to load (``deploy``).
     """
     place = _PLACE.get(node.target)
     if place is None:
@@ -44,8 +45,9 @@ def bias_of(program: Program, node: fx.Node, weight: str) -> Bias | None:
     module = program.model.get_submodule(path)
     used_once = len(node.args[1].users) == 1 if isinstance(node.args[1], fx.Node) else False
     tied = sum(tensor is module._parameters.get("weight") for tensor in names(program.model).values()) > 1
+    may_be_new = program.options.emit == "module" and program.options.deploy is None
     plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module) and own == "weight"
-    if plain and used_once and not tied and module.bias is None and program.options.emit == "module":
+    if plain and used_once and not tied and module.bias is None and may_be_new:
         return Bias(new=path)
     return None
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import graphprune
 from graphprune.cli import _parser, main
@@ -183,3 +183,17 @@ def test_wrong_usage_exits_with_2():
     with pytest.raises(SystemExit) as exit_:
         main(["prune"])
     assert exit_.value.code == 2
+
+
+def test_deploy_writes_what_transformers_loads(folder, tmp_path, capsys):
+    arguments = ["prune", str(folder), "--ratio", "0.2", "--method", "magnitude", "--deploy", "transformers"]
+    assert main([*arguments, "-o", str(tmp_path / "small"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    name, (before, after) = next(iter(found["fields"].items()))
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert before != after == config[name]
+    assert 0 <= found["unsaid"] < 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert sum(p.numel() for p in loaded.parameters()) == found["parameters"][1]
+    assert main([*arguments, "-o", str(tmp_path / "again")]) == 0
+    assert f"config: {name} {before} → {after}" in capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,19 @@ def class_in_transformers(name: str) -> type | None:
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def empty_model(manifest: Manifest, folder: Path, factory: Factory | None, dtype: torch.dtype | None) -> nn.Module:
-    """The model as it was before the first pruning, every tensor on the meta device.
+def empty_model(
+    manifest: Manifest, folder: Path, factory: Factory | None, dtype: torch.dtype | None, computes: bool = False
+) -> nn.Module:
+    """The model that config.json describes, every tensor on the meta device; with ``computes`` only the parameters are.
+
+    Buffers then have the values that the class gives them.
 
     Raises:
         GraphPruneError: when the class is not one of transformers and there is no ``factory``, when the factory builds
             something else, or when config.json is not one of that class.
     """
     if factory is not None:
-        return _from_factory(manifest, factory)
+        return _from_factory(manifest, factory, computes)
     if not manifest.in_transformers:
         raise GraphPruneError(
             f"{folder} holds a {manifest.class_name}, which is no class of transformers: give "
@@ -56,25 +60,34 @@ def empty_model(manifest: Manifest, folder: Path, factory: Factory | None, dtype
             f"{folder} holds a {manifest.class_name}, which the installed transformers does not have as a model class "
             f"(written with {manifest.versions.get('transformers', 'an unknown version')})."
         )
-    return _from_config(found, manifest, folder, dtype)
+    return _from_config(found, manifest, folder, dtype, computes)
 
 
-def _from_factory(manifest: Manifest, factory: Factory) -> nn.Module:
+def without_weights(computes: bool) -> AbstractContextManager[Any]:
+    """Models made inside have no weights; with ``computes``, buffers have their values."""
+    if not computes:
+        return torch.device("meta")
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def _from_factory(manifest: Manifest, factory: Factory, computes: bool) -> nn.Module:
     if isinstance(factory, nn.Module) or not callable(factory):
         raise GraphPruneError("model must be a function without arguments that builds the unpruned model.")
-    with torch.device("meta"):
+    with without_weights(computes):
         built = factory()
     if not isinstance(built, nn.Module) or type(built).__name__ != manifest.class_name:
         raise GraphPruneError(f"model() built a {type(built).__name__}; the folder holds a {manifest.class_name}.")
     return built
 
 
-def _from_config(found: Any, manifest: Manifest, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def _from_config(found: Any, manifest: Manifest, folder: Path, dtype: torch.dtype | None, computes: bool) -> nn.Module:
     data = read_config(folder)
     options = {"attn_implementation": manifest.attention} if manifest.attention in _ATTENTION else {}
     try:
         config = found.config_class.from_dict(data)
-        with torch.device("meta"), _at_most(4 * (len(manifest.tensors) + len(manifest.ties)) + 64):
+        with without_weights(computes), _at_most(4 * (len(manifest.tensors) + len(manifest.ties)) + 64):
             return found._from_config(config, dtype=dtype, **options)
     except GraphPruneError:
         raise

@@ -1,7 +1,9 @@
 """``save`` and ``load``: a pruned model as a folder of safetensors and JSON, never pickle.
 
-A folder holds config.json (the config before the first pruning, Hugging Face models only), generation_config.json,
-model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict),
+A folder holds config.json (Hugging Face models only: the config of the pruned model when it was made with ``deploy``,
+else the one before the first pruning), generation_config.json,
+model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict,
+unless the class computes them from its config),
 the tokenizer, and graphprune.json (:mod:`graphprune.io.manifest`).
 """
 
@@ -18,13 +20,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune
+from graphprune.deploy.stock import Stock, settings_of
 from graphprune.errors import GraphPruneError
 from graphprune.io.atomic import new_folder
 from graphprune.io.checked_json import read_json
 from graphprune.io.empty_model import Factory, class_in_transformers, empty_model
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
 from graphprune.io.stored_config import write_config
-from graphprune.io.tensors import held_tensors, replace_tensor
+from graphprune.io.tensors import Held, held_tensors, replace_tensor
 from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
 from graphprune.passes.rewrite import refresh_torch_attributes
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
@@ -70,7 +73,8 @@ def save(
 
 
 def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str) -> None:
-    tensors, ties = write_weights(held_tensors(model), folder, max_shard_size)
+    held = held_tensors(model) if done.fields is None else _without_computed(model, done)
+    tensors, ties = write_weights(held, folder, max_shard_size)
     name = type(model).__name__
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     manifest = Manifest(
@@ -92,6 +96,20 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
     if manifest.in_transformers:
         # Whoever changed the model after pruning (new tokens, adapters) is told now, not when loading.
         _shaped_model(manifest, folder, manifest.report(None), None, None)
+
+
+def _without_computed(model: nn.Module, done: Report) -> dict[str, Held]:
+    """The tensors that the class does not compute itself from the config."""
+    built = held_tensors(Stock(model).build_with_buffers(settings_of(done.base_config)))
+    return {
+        name: item
+        for name, item in held_tensors(model).items()
+        if item.persistent or name not in built or not _same(item.tensor, built[name].tensor)
+    }
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not other.is_meta and one.dtype == other.dtype and torch.equal(one.detach().cpu(), other.detach().cpu())
 
 
 def _write_generation_config(model: nn.Module, folder: Path) -> None:
@@ -148,6 +166,9 @@ def load(
     done = manifest.report(None)
     built = _shaped_model(manifest, folder, done, model, dtype)
     _put_weights(built, manifest, read_weights(manifest, folder, place, dtype))
+    for name, item in held_tensors(built).items():
+        if not item.tensor.is_meta and item.tensor.device != place:  # computed by the class
+            replace_tensor(built, name, item.kind, item.tensor.to(place))
     refresh_torch_attributes(built)
     _read_generation_config(built, folder)
     _refuse_meta(built)
@@ -174,7 +195,8 @@ def _shaped_model(
     Completes ``done``, and its history, with the config found on the way.
     """
     saved_dtype = _float_dtype(manifest)
-    built = empty_model(manifest, folder, factory, dtype or (getattr(torch, saved_dtype) if saved_dtype else None))
+    built_dtype = dtype or (getattr(torch, saved_dtype) if saved_dtype else None)
+    built = empty_model(manifest, folder, factory, built_dtype, computes=done.fields is not None)
     if done.base_config is None:
         base_config = copy.deepcopy(getattr(built, "config", None))
         for one in (done, *done.history):
@@ -209,6 +231,7 @@ def _check_fit(model: nn.Module, manifest: Manifest) -> None:
     kinds = {key: stored.kind for key, stored in manifest.tensors.items()}
     kinds |= {key: tie.kind for key, tie in manifest.ties.items()}
     kinds = {key: kind for key, kind in kinds.items() if kind != "attribute"}
+    places = {key: place for key, place in places.items() if key in kinds or place.persistent or place.tensor.is_meta}
     if missing := places.keys() - kinds.keys():
         raise GraphPruneError(f"{name} has a tensor {min(missing)!r} of which the weights are not in the folder.")
     if extra := kinds.keys() - places.keys():
@@ -235,7 +258,7 @@ def _add_bias(model: nn.Module, path: str) -> None:
 
 def _check_count(model: nn.Module, manifest: Manifest, done: Report) -> None:
     """The model that was pruned had exactly these parameters: finds a config or factory of another size."""
-    before = (*done.history, done)[0].parameters_before
+    before = _parameters_of_config(done)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     new = {f"{path}.bias" for path in done.new_biases}
     stored = {key for key, one in manifest.tensors.items() if one.kind == "parameter"}
@@ -245,6 +268,13 @@ def _check_count(model: nn.Module, manifest: Manifest, done: Report) -> None:
             f"{type(model).__name__} has {count:,} parameters as it is built now, but {before:,} when it was pruned: "
             "this is not the model that the folder was made from."
         )
+
+
+def _parameters_of_config(done: Report) -> int:
+    """How many parameters config.json describes: those before the first pruning, or after the last that it follows."""
+    reports = (*done.history, done)
+    stated = [one.parameters_after for one in reports if one.fields is not None]
+    return stated[-1] if stated else reports[0].parameters_before
 
 
 def _stored_name(manifest: Manifest, name: str) -> str:

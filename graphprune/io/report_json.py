@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from graphprune.errors import GraphPruneError
 from graphprune.io.checked_json import of_kind, take
 from graphprune.ir.plan import Plan
 from graphprune.reporting import Report
@@ -29,6 +30,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
         ],
         "skipped": report.skipped,
         **({"new_biases": report.new_biases} if report.new_biases else {}),
+        **_stated(report),
         "plan": json.loads(report.plan.to_json()),
     }
 
@@ -55,7 +57,24 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         history=history,
         base_config=base_config,
         new_biases=_paths(data.get("new_biases", []), f"{where}: new_biases"),
+        fields=_fields(data["fields"], f"{where}: fields") if "fields" in data else None,
+        unsaid=of_kind(data.get("unsaid", 0.0), _NUMBER, f"{where}: unsaid"),
     )
+
+
+def _stated(report: Report) -> dict[str, Any]:
+    if report.fields is None:
+        return {}
+    return {"fields": {name: list(pair) for name, pair in report.fields.items()}, "unsaid": report.unsaid}
+
+
+def _fields(items: Any, where: str) -> dict[str, tuple[int | None, int]]:
+    found = {}
+    for name, pair in of_kind(items, dict, where).items():
+        if len(of_kind(pair, list, where)) != 2:
+            raise GraphPruneError(f"{where}: {name!r} needs a number before and one after.")
+        found[name] = (of_kind(pair[0], (int, type(None)), where), of_kind(pair[1], int, where))
+    return found
 
 
 def _paths(items: Any, where: str) -> list[str]:

@@ -36,7 +36,12 @@ def write_config(config: Any, class_name: str, dtype: str | None, folder: Path) 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings in config.json that only describe the model."""
-    return _decoded(_without(read_json(folder / CONFIG), _NOT_READ))
+    return read_settings(read_json(folder / CONFIG))
+
+
+def read_settings(data: Any) -> dict[str, Any]:
+    """:func:`read_config` for the content of a config.json."""
+    return _decoded(_without(data, _NOT_READ))
 
 
 def _without(data: Any, keys: set[str]) -> Any:

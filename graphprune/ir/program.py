@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +19,10 @@ from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
 from graphprune.trace.quantised import quantised_value
+
+if TYPE_CHECKING:
+    from graphprune.deploy.fields import Fields
+    from graphprune.deploy.solve import Stated
 
 
 @dataclass
@@ -123,6 +127,7 @@ class Options:
     emit: str = "module"
     merge: bool = False
     device: str | torch.device | None = None
+    deploy: str | None = None
 
 
 @dataclass
@@ -133,6 +138,9 @@ class Program:
     ``id(parameter)`` → tensor; ``new_biases`` those of linear layers that had none: module path → tensor. The pruned
     model and the masked original have them alike.
     ``batches`` are what :func:`graphprune.data.calibration.calibration_batches` made.
+    Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
+    together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
+    ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
     """
 
     model: nn.Module
@@ -146,6 +154,10 @@ class Program:
     ragged: dict[str, str] | None = None
     prunable: list[NodeGroup] | None = None
     skipped: dict[str, str] | None = None
+    fields: Fields | None = None
+    classes: list[dict[str, int]] | None = None
+    stated: Stated | None = None
+    unsaid: dict[str, str] = field(default_factory=dict)
     batches: list[dict[str, Any]] | None = None
     knowledge: Knowledge | None = None
     scores: dict[str, torch.Tensor] | None = None

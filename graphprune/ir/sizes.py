@@ -92,6 +92,15 @@ class Polynomial:
             total += factor
         return total
 
+    def slopes(self) -> dict[Axis, int]:
+        """How fast the value grows with each leaf, at full size."""
+        found: dict[Axis, int] = {}
+        for monomial, factor in self.terms.items():
+            for place, axis in enumerate(monomial):
+                others = (one.size for n, one in enumerate(monomial) if n != place)
+                found[axis] = found.get(axis, 0) + factor * math.prod(others)
+        return found
+
     def bounds(self, least: int = 1) -> tuple[int, int]:
         """Numbers that the value stays between, both included, when every leaf keeps at least ``least`` indices."""
         low = high = 0

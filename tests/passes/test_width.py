@@ -338,7 +338,7 @@ def test_ratio_is_reached_to_within_one_structure() -> None:
         missing = ratio * counter.total - (counter.total - counter.count(removed))
         assert missing >= 0
         left = {group for group in counter.names.values() if group not in report.widths or report.widths[group][1] > 1}
-        assert missing < min(counter.cost(name, 1, removed) for name in left)
+        assert missing < min(counter.cost({name: 1}, removed) for name in left)
         assert report.ratio <= ratio
 
 
