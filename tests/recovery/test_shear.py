@@ -19,7 +19,7 @@ from graphprune.data.sources import sources_of
 from graphprune.passes.add_adapters import Adapters
 from graphprune.passes.train_lhspg import Lhspg
 from graphprune.recovery.dry_run import describe
-from graphprune.recovery.shear import Measures, even_rows
+from graphprune.recovery.shear import Measures, Shorn, even_rows
 
 WHAT = Shear(
     0.2,
@@ -97,6 +97,16 @@ def test_it_prunes_recovers_and_measures(method: str, model: Path, data: Path, t
     assert (tmp_path / "run" / "mixing.png").stat().st_size > 10_000
 
 
+INTERRUPTED = replace(WHAT, lhspg=replace(WHAT.lhspg, training=replace(WHAT.lhspg.training, checkpoint_steps=1)))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Shorn:
+    """What the run comes to that nothing interrupts."""
+    options = {**given(model, data), "instruct": data / "asked.jsonl"}
+    return shear(load(model), tmp_path_factory.mktemp("whole"), INTERRUPTED, **options)
+
+
 class Stop(KeyboardInterrupt):
     pass
 
@@ -106,17 +116,16 @@ class Stop(KeyboardInterrupt):
     [
         "pruning",
         "training: step 3",
-        "recovering",
+        pytest.param("recovering", marks=pytest.mark.slow),
         "pretraining: step 4",
-        "instruct: before",
+        pytest.param("instruct: before", marks=pytest.mark.slow),
         "instruct: step 2",
-        "measuring the dense",
+        pytest.param("measuring the dense", marks=pytest.mark.slow),
         "measuring the recovered",
     ],
 )
-def test_it_goes_on_where_it_stopped(at: str, model: Path, data: Path, tmp_path: Path) -> None:
-    what = replace(WHAT, lhspg=replace(WHAT.lhspg, training=replace(WHAT.lhspg.training, checkpoint_steps=1)))
-    options = {**given(model, data), "instruct": data / "asked.jsonl"}
+def test_it_goes_on_where_it_stopped(at: str, whole: Shorn, model: Path, data: Path, tmp_path: Path) -> None:
+    what, options = INTERRUPTED, {**given(model, data), "instruct": data / "asked.jsonl"}
     lines: list[str] = []
 
     def stop(text: str) -> None:
@@ -132,7 +141,6 @@ def test_it_goes_on_where_it_stopped(at: str, model: Path, data: Path, tmp_path:
         begun = [text for text in before if text.startswith(stage)]
         if begun and before[-1] != begun[-1] and not at.startswith("training"):
             assert not any(text.startswith(stage) for text in lines), stage  # what was done is not done again
-    whole = shear(load(model), tmp_path / "whole", what, **options)
     assert found.stages == whole.stages
     assert found.evaluations == whole.evaluations
     for one, other in zip(found.model.parameters(), whole.model.parameters(), strict=True):
