@@ -139,14 +139,11 @@ class _Operation:
 
     def run(self, batches: list[dict[str, Any]]) -> None:
         scratch = scratch_copy(self.program.model, self.program.need("trace").written)
+        here = placed(scratch, self.program.device)  # one for all batches, which bring each weight together
 
         def work(batch: dict[str, Any]) -> None:
             try:
-                with (
-                    torch.no_grad(),
-                    placed(scratch, self.program.device),
-                    Consumers((site.weight for site in self._sites.values()), self._see),
-                ):
+                with torch.no_grad(), here, Consumers((s.weight for s in self._sites.values()), self._see):
                     scratch(**batch)
             except _Finished:
                 return

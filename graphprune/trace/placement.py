@@ -7,8 +7,7 @@ model is.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,21 +18,19 @@ from torch.utils._pytree import tree_map_only
 from graphprune.trace.operators import METADATA, writes_first
 
 
-@contextmanager
-def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Every operator inside runs on ``device``, wherever the weights of ``model`` and what comes of them are.
+def placed(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which operators run on ``device``, wherever the weights of ``model`` and what comes of them are.
 
     A copy of what was used last is kept, as many bytes as the largest block has (an item of an ``nn.ModuleList``, or
-    the largest parameter), so that several batches that run from one operator to the same other one share it.
-    Gradients go back to the weights where these are. Does nothing when all of the model is on ``device``.
+    the largest parameter). All that enter the same context share it, in turn: several batches, each in a thread of its
+    own, that run from one operator to the same other one bring each weight once.
+    Gradients go back to the weights where these are. Nothing is done when all of the model is on ``device``.
     """
     device = torch.empty(0, device=device).device  # "cuda" is "cuda:0"
     held = (*model.parameters(), *model.buffers())
     if all(tensor.device == device for tensor in held):
-        yield
-        return
-    with Placed(device, _largest_block(model)):
-        yield
+        return nullcontext()
+    return Placed(device, _largest_block(model))
 
 
 def _largest_block(model: nn.Module) -> int:
