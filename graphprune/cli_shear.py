@@ -214,6 +214,6 @@ def _recover(options: argparse.Namespace) -> None:
     if PartialState().is_main_process:
         save(found.model, output, tokenizer=tokenizer)
         for stage in found.stages:
-            means = [sum(x.values()) / len(x) for x in (stage.start, *(one.losses for one in stage.rounds))]
-            print(f"{stage.name}: mean validation loss {means[0]:.4f} → {means[stage.best]:.4f} (round {stage.best})")
+            first, best = stage.means[0], stage.means[stage.best]
+            print(f"{stage.name}: mean validation loss {first:.4f} → {best:.4f} (round {stage.best})")
         print(f"written to {output}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from graphprune.data.corpus import Corpus, prepare
 from graphprune.data.sources import check_names, sources_of
+from graphprune.data.texts import Say, silent
 from graphprune.errors import GraphPruneError
 from graphprune.io import fingerprint
 from graphprune.io.atomic import replace_file
@@ -30,7 +31,6 @@ from graphprune.trace.adapters import has_adapters
 from graphprune.trace.quiet import REFUSALS
 from graphprune.trace.skeleton import frozen_copy
 
-Say = Callable[[str], None]
 STAGES = ("pretraining", "instruct")
 _ADAPTER, _DONE = "adapter.safetensors", "stage.json"
 
@@ -53,6 +53,12 @@ class Stage:
     rounds: list[Round] = field(default_factory=list)
     steps: list[tuple[int, float]] = field(default_factory=list)  # number, training loss
     best: int = 0
+
+    @property
+    def means(self) -> list[float]:
+        """The mean loss over the sources, before the first round and after every round."""
+        found = [self.start, *(one.losses for one in self.rounds)]
+        return [sum(losses.values()) / len(losses) for losses in found]
 
 
 @dataclass
@@ -139,7 +145,7 @@ def recover_on(
         raise GraphPruneError("There is nothing to train on: corpora= is empty.")
     if has_adapters(model):
         raise GraphPruneError("The model has adapters already: merge them (compile(…, merge=True)) before recovery.")
-    run = _Run(folder, settings, progress or (lambda text: None))
+    run = _Run(folder, settings, progress or silent)
     run.begin(model, corpora)
     stages, adapter = [], None
     for name, instruct in zip(STAGES, (False, True), strict=True):
@@ -240,8 +246,9 @@ def _stage(name: str, trainer: RecoveryTrainer, dense: dict[str, float] | None, 
     losses = [found for entry in log if (found := losses_in(entry)) is not None]
     rounds = [Round(weights, after) for weights, after in zip(trainer.mixtures(), losses, strict=False)]
     steps = [(int(entry["step"]), float(entry["loss"])) for entry in log if "loss" in entry]
-    means = [sum(found.values()) / len(found) for found in (start, *losses)]
-    return Stage(name, dense, start, rounds, steps, means.index(min(means)))
+    stage = Stage(name, dense, start, rounds, steps)
+    stage.best = stage.means.index(min(stage.means))
+    return stage
 
 
 def _read_stage(path: Path) -> Stage:

@@ -28,6 +28,7 @@ from torch import nn
 from graphprune.compiler import compile
 from graphprune.data.corpus import Corpus, prepare
 from graphprune.data.sources import Source, check_names, sources_of
+from graphprune.data.texts import Say, silent
 from graphprune.errors import GraphPruneError
 from graphprune.evaluate import Evaluation, evaluate
 from graphprune.evaluate.tasks import Tasks
@@ -46,7 +47,6 @@ from graphprune.recovery.report import write_report
 from graphprune.recovery.run_folder import belongs_to, once
 from graphprune.recovery.settings import Recovery
 
-Say = Callable[[str], None]
 PRUNED, MODEL, TOKENS, EVALUATION = "pruned", "model", "tokens", "evaluation.json"
 
 
@@ -127,7 +127,7 @@ def shear(
 
     Raises :class:`GraphPruneError` for a folder of another run, and as its stages do.
     """
-    run = _Run(Path(folder), what, progress or (lambda text: None))
+    run = _Run(Path(folder), what, progress or silent)
     sources = [*sources_of(data), *([] if instruct is None else sources_of(instruct, instruct=True))]
     check_names(sources)
     run.begin(model)
@@ -192,11 +192,14 @@ class _Run:
 
     def _passes(self) -> tuple[Pass, ...]:
         what = self.what
-        training = Training(checkpoint=self.folder / _STATE, seed=what.seed)
+
+        def kept(training: Training) -> Training:
+            return replace(training, checkpoint=self.folder / _STATE, seed=what.seed)
+
         if what.method == "lorashear":
-            how = (*METHODS["ppm"], train_lhspg(replace(what.lhspg, training=_kept(what.lhspg.training, training))))
+            how = (*METHODS["ppm"], train_lhspg(replace(what.lhspg, training=kept(what.lhspg.training))))
         elif what.method == "loraprune":
-            how = (*METHODS["loraprune"][:-1], train_loraprune(LoraPrune(training=training)))
+            how = (*METHODS["loraprune"][:-1], train_loraprune(LoraPrune(training=kept(Training()))))
         else:
             how = passes_of(what.method)
         if what.unprunable_ratio:
@@ -218,10 +221,6 @@ class _Run:
 
 
 _STATE = "prune.safetensors"
-
-
-def _kept(chosen: Training, where: Training) -> Training:
-    return replace(chosen, checkpoint=where.checkpoint, seed=where.seed)
 
 
 def _evaluation(model: nn.Module, tokenizer: Any, measures: Measures) -> Evaluation:
