@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +133,14 @@ def recover_on(
         model: a causal language model; pruned or not.
         corpora: what to train on; :func:`graphprune.data.corpus.prepare`.
         folder: for checkpoints and logs.
-        dense: the full model, for ``mixing="dynamic"`` and for distillation. Only its losses are wanted otherwise.
+        dense: the full model, for distillation and for every ``mixing`` but ``"uniform"``, which wants only its losses.
 
     Raises :class:`GraphPruneError` for a folder of another run, for settings that need ``dense`` without it, and when
     the model cannot run the rows.
     """
     settings, folder = settings or Recovery(), Path(folder)
-    if dense is None and (settings.mixing == "dynamic" or settings.distill):
-        raise GraphPruneError("mixing='dynamic' and distill= compare with the full model: give dense=.")
+    if dense is None and (settings.mixing != "uniform" or settings.distill):
+        raise GraphPruneError(f"mixing={settings.mixing!r} and distill= compare with the full model: give dense=.")
     if not corpora:
         raise GraphPruneError("There is nothing to train on: corpora= is empty.")
     if has_adapters(model):
@@ -231,7 +231,8 @@ class _Run:
             return {name: float(of_kind(loss, (int, float), str(path))) for name, loss in held.items()}
         self.say(f"{what}: measuring {', '.join(corpus.name for corpus in corpora)}")
         # On a copy: what accelerate has prepared to be measured it does not prepare to be trained in parallel.
-        trainer = RecoveryTrainer(frozen_copy(model), corpora, self.settings, path.parent)
+        untracked = replace(self.settings, report_to=())
+        trainer = RecoveryTrainer(frozen_copy(model), corpora, untracked, path.parent)
         metrics = trainer.evaluate()
         losses = {corpus.name: metrics[f"eval_{corpus.name}_loss"] for corpus in corpora}
         if trainer.accelerator.is_main_process:

@@ -8,7 +8,7 @@ from typing import Any
 from graphprune.errors import GraphPruneError
 from graphprune.passes.add_adapters import Adapters
 
-MIXING = ("dynamic", "uniform")
+MIXING = ("dynamic", "returns", "uniform")
 
 
 @dataclass(frozen=True)
