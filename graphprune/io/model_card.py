@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -20,7 +20,7 @@ from graphprune.reporting import Report
 if TYPE_CHECKING:
     from graphprune.evaluate.evaluation import Evaluation
 
-    Evaluations = Evaluation | Mapping[str, Evaluation]
+    Evaluations: TypeAlias = Evaluation | Mapping[str, Evaluation]
 
 CARD = "README.md"
 # What is measured later goes between these, and leaves alone what else a person wrote.
@@ -240,7 +240,9 @@ def _call(done: Report) -> str:
 def _measurements(evaluations: Evaluations) -> list[str]:
     from graphprune.evaluate.table import rows_of
 
-    named = dict(evaluations) if isinstance(evaluations, Mapping) else {"this model": evaluations}
+    named: dict[str, Evaluation] = (
+        dict(evaluations) if isinstance(evaluations, Mapping) else {"this model": evaluations}
+    )
     columns = [{title: text for title, (text, _) in rows_of(one)} for one in named.values()]
     titles = dict.fromkeys(title for column in columns for title in column)
     rows = [[_plain(title), *(column.get(title, "") for column in columns)] for title in titles]
