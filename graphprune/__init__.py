@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from graphprune.adapters import apply
     from graphprune.compiler import compile, inspect
     from graphprune.io.folder import load, save
+    from graphprune.io.hub import push_to_hub
+    from graphprune.io.model_card import update_card
     from graphprune.ir.knowledge import Knowledge
     from graphprune.ir.plan import Plan
     from graphprune.knowledge_distribution import knowledge
@@ -36,10 +38,12 @@ __all__ = [
     "inspect",
     "knowledge",
     "load",
+    "push_to_hub",
     "recover",
     "report",
     "save",
     "shear",
+    "update_card",
 ]
 
 # Imported on first use: `import graphprune` alone costs next to nothing.
@@ -49,9 +53,11 @@ _HOME = {
     "inspect": "graphprune.compiler",
     "knowledge": "graphprune.knowledge_distribution",
     "load": "graphprune.io.folder",
+    "push_to_hub": "graphprune.io.hub",
     "recover": "graphprune.recovery.recover",
     "save": "graphprune.io.folder",
     "shear": "graphprune.recovery.shear",
+    "update_card": "graphprune.io.model_card",
     "Knowledge": "graphprune.ir.knowledge",
     "Plan": "graphprune.ir.plan",
     "Recovery": "graphprune.recovery.settings",

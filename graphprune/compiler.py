@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect as inspect_module
 import time
 from collections.abc import Callable, Mapping, Sequence
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 import graphprune.rules  # noqa: F401  (registers the rules)
+from graphprune.data.calibration import MADE
 from graphprune.errors import GraphPruneError
 from graphprune.inspection import Inspection
 from graphprune.ir.plan import Plan
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from graphprune.recovery.settings import Recovery
 
 _VALIDATION = 16  # rows held out of every source
+# Arguments of compile that decide nothing about the result, or cannot be told as plain data.
+_NOT_TOLD = {"model", "tokenizer", "example_inputs", "device", "inplace", "progress", "instruct", "recovery"}
 
 
 def compile(
@@ -232,8 +236,33 @@ def compile(
     if program.stated is not None:
         base_config = program.stated.config
     report = make_report(program, before, measure(pruned), seconds, time.perf_counter() - start, base_config, earlier)
+    report.settings = _settings(options, unprunable_ratio, plan, passes, how)
     object.__setattr__(pruned, REPORT_ATTRIBUTE, report)
     return _recovered(pruned, model, options, instruct, recovery) if recovers else pruned
+
+
+def _settings(
+    options: Options, unprunable_ratio: float, plan: Plan | None, passes: Any, how: tuple[Pass, ...]
+) -> dict[str, Any]:
+    """See :class:`Report`. A plan that is replayed makes most of them idle."""
+    if plan is not None:
+        return {"plan": "given", **({"deploy": options.deploy} if options.deploy else {})}
+    given = {**vars(options), "unprunable_ratio": unprunable_ratio}
+    if passes is not None:
+        given["passes"] = [step.name for step in how]
+    if options.data is not None and not (isinstance(options.data, str) and options.data in MADE):
+        given["data"] = "given"
+    if isinstance(options.allocation, Mapping):
+        given["allocation"] = dict(options.allocation)
+    told: dict[str, Any] = {}
+    for name, parameter in inspect_module.signature(compile).parameters.items():
+        value = given.get(name, parameter.default)
+        value = tuple(value) if isinstance(value, list) and name != "passes" else value
+        if name not in _NOT_TOLD and value != parameter.default:
+            told[name] = list(value) if isinstance(value, tuple) else value
+    if options.merge == any(step.prepare is not None for step in how):
+        told.pop("merge", None)
+    return told
 
 
 def _recovered(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
@@ -39,6 +41,11 @@ class Report:
             none. None for a model that its config does not describe.
         unsaid: share of the prunable groups that ``deploy`` left alone, since no field says their size alone.
         emitted: ``"module"`` (the same class) or ``"graph"`` (a torch.fx.GraphModule for the example shapes only).
+        settings: the arguments of :func:`graphprune.compile` that were not left at their defaults, as plain data;
+            of ``data`` only what is a name, and ``"given"`` otherwise.
+        calibration: (rows, tokens per row or None) that ran through the model; None if none did.
+        base_model: the name on the hub of the model that was pruned first, if it came from there.
+        training: what was trained after pruning, a sentence for each.
     """
 
     parameters_before: int
@@ -58,6 +65,10 @@ class Report:
     new_biases: list[str] = field(default_factory=list)
     fields: dict[str, tuple[int | None, int]] | None = None
     unsaid: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    calibration: tuple[int, int | None] | None = None
+    base_model: str | None = None
+    training: list[str] = field(default_factory=list)
 
     @property
     def ratio(self) -> float:
@@ -109,7 +120,27 @@ def make_report(
         new_biases=[*(earlier.new_biases if earlier else []), *program.new_biases],
         fields=None if program.stated is None else dict(program.stated.fields),
         unsaid=len(program.unsaid) / max(1, len(program.unsaid) + len(program.need("prunable"))),
+        calibration=calibration_size(program.batches),
+        base_model=earlier.base_model if earlier else name_on_the_hub(base_config),
     )
+
+
+def calibration_size(batches: list[dict[str, Any]] | None) -> tuple[int, int | None] | None:
+    """(rows, tokens per row or None) of calibration data."""
+    if not batches:
+        return None
+    first = [next((v for v in batch.values() if isinstance(v, torch.Tensor)), None) for batch in batches]
+    tokens = batches[0].get("input_ids")
+    length = tokens.shape[1] if isinstance(tokens, torch.Tensor) and tokens.dim() == 2 else None
+    return sum(len(tensor) for tensor in first if tensor is not None and tensor.dim()), length
+
+
+def name_on_the_hub(config: Any) -> str | None:
+    """``owner/name`` that a config was loaded from; None for a folder, and where nothing says it."""
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) or os.path.exists(name):
+        return None
+    return None if name.startswith(".") else name
 
 
 def report(model: nn.Module) -> Report:

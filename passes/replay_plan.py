@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from graphprune.errors import GraphPruneError
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
@@ -17,6 +19,7 @@ def replay_plan(plan: Plan) -> Pass:
 
     @compiler_pass(requires=("groups",), ensures=("plan",))
     def replay_plan(program: Program) -> None:
+        replace(plan)  # checks it again: its lists may have been changed since it was made
         groups = {group.name: group for group in program.need("groups")}
         ragged = program.ragged or (ragged_axes(program) if plan.under else {})
         for name, size in plan.sizes.items():

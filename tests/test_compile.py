@@ -196,6 +196,17 @@ def test_a_plan_that_prunes_what_is_pinned_is_refused() -> None:
         graphprune.compile(mlp(), plan=plan_removing({"last.weight[0]": (5, [1])}), example_inputs=X)
 
 
+@pytest.mark.parametrize("indices", [[0, 24], [-1, 0], [1, 1], [1, 0], [], [0.0], [True, 2]])
+def test_a_plan_changed_since_it_was_made_is_checked_again(indices: list[Any]) -> None:
+    plan = plan_removing({"first.weight[0]": (24, [1])})
+    plan.keep["first.weight[0]"] = indices
+    model = mlp()
+    unchanged = snapshot(model)
+    with pytest.raises(GraphPruneError, match="sorted, non-empty"):
+        graphprune.compile(model, plan=plan, example_inputs=X, inplace=True)
+    unchanged()
+
+
 @pytest.mark.parametrize("plan", [{"keep": {}}, "plan.json", 0.2])
 def test_what_is_no_plan_is_refused(plan: Any) -> None:
     with pytest.raises(GraphPruneError, match=r"must be a graphprune\.Plan"):

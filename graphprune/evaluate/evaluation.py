@@ -18,6 +18,7 @@ from graphprune.evaluate.perplexity import perplexity
 from graphprune.evaluate.size import checkpoint_bytes, parameter_bytes
 from graphprune.evaluate.tasks import Scores, Tasks, average
 from graphprune.evaluate.timing import Latency, latency
+from graphprune.io.checked_json import of_kind, take
 from graphprune.trace.inputs import example_inputs_for, normalise
 
 
@@ -57,6 +58,46 @@ class Evaluation:
             "latency": [one.to_dict() for one in self.latency],
         }
         return _finite(plain)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "The evaluation") -> Evaluation:
+        """Read what :meth:`to_dict` made. Raises :class:`GraphPruneError` naming ``where`` for anything else."""
+        of_kind(data, dict, where)
+        number, count = (int, float, str), (int, type(None))
+        latencies = [of_kind(one, dict, where) for one in take(data, "latency", list, where)]
+        try:
+            return cls(
+                parameters=take(data, "parameters", int, where),
+                parameter_bytes=take(data, "parameter_bytes", int, where),
+                macs=take(data, "macs", int, where),
+                checkpoint_bytes=take(data, "checkpoint_bytes", count, where),
+                perplexity={
+                    int(length): float(of_kind(value, number, where))
+                    for length, value in take(data, "perplexity", dict, where).items()
+                },
+                tasks={
+                    task: {
+                        metric: float(of_kind(value, number, where))
+                        for metric, value in of_kind(metrics, dict, where).items()
+                    }
+                    for task, metrics in take(data, "tasks", dict, where).items()
+                },
+                latency=[_latency(one, where) for one in latencies],
+                peak_memory_bytes=take(data, "peak_memory_bytes", count, where),
+            )
+        except ValueError as error:  # a text that is no number
+            raise GraphPruneError(f"{where} is damaged: {error}.") from None
+
+
+def _latency(data: dict[str, Any], where: str) -> Latency:
+    decode = take(data, "decode_ms", (int, float, type(None)), where)
+    prefill = float(take(data, "prefill_ms", (int, float), where))
+    return Latency(
+        take(data, "batch", int, where),
+        take(data, "prompt", int, where),
+        prefill,
+        decode if decode is None else float(decode),
+    )
 
 
 def _finite(data: Any) -> Any:

@@ -21,7 +21,7 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> Any:
         table.add_column(name, justify="right", overflow="fold")
         if number:
             table.add_column("change", justify="right")
-    columns = [dict(_rows(evaluation)) for evaluation in evaluations.values()]
+    columns = [dict(rows_of(evaluation)) for evaluation in evaluations.values()]
     for title in dict.fromkeys(title for column in columns for title in column):
         cells = []
         for number, column in enumerate(columns):
@@ -33,7 +33,7 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> Any:
     return table
 
 
-def _rows(one: Evaluation) -> Iterator[tuple[str, tuple[str, float | None]]]:
+def rows_of(one: Evaluation) -> Iterator[tuple[str, tuple[str, float | None]]]:
     """Title, what is shown, and the number that is compared."""
     for title, count in (
         ("parameters", one.parameters),

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from graphprune.errors import GraphPruneError
+from graphprune.io.leftovers import partial_folder
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that becomes ``target`` when the block ends without an error.
 
-    Whatever goes wrong, the temporary folder is removed and ``target`` is not made.
+    Whatever goes wrong, the temporary folder is removed and ``target`` is not made. What a killed process left of an
+    earlier try is removed, too.
 
     Raises:
         GraphPruneError: when there is something at ``target`` already.
@@ -24,19 +26,18 @@ def new_folder(target: Path) -> Iterator[Path]:
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the rename stays on one file system; not tempfile.mkdtemp, whose folders only the owner reads.
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        for folder, _, files in os.walk(partial):
-            for name in files:
-                _flush(Path(folder, name))
-            _flush(Path(folder))
-        _refuse_existing(target)  # os.rename would replace an empty folder made meanwhile
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with partial_folder(target) as partial:
+        try:
+            yield partial
+            for folder, _, files in os.walk(partial):
+                for name in files:
+                    _flush(Path(folder, name))
+                _flush(Path(folder))
+            _refuse_existing(target)  # os.rename would replace an empty folder made meanwhile
+            os.rename(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
     _flush(target.parent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ Factory = Callable[[], nn.Module]
 
 # Other names may make transformers fetch and run a kernel from elsewhere.
 _ATTENTION = ("eager", "sdpa")
+# Bytes that may always be allocated to build a model, and how many times the bytes of its files.
+_ALWAYS, _TIMES_STORED = 2**30, 8
 
 
 def class_in_transformers(name: str) -> type | None:
@@ -85,15 +88,37 @@ def _from_factory(manifest: Manifest, factory: Factory, computes: bool) -> nn.Mo
 def _from_config(found: Any, manifest: Manifest, folder: Path, dtype: torch.dtype | None, computes: bool) -> nn.Module:
     data = read_config(folder)
     options = {"attn_implementation": manifest.attention} if manifest.attention in _ATTENTION else {}
-    try:
-        config = found.config_class.from_dict(data)
+
+    def build(computes: bool) -> nn.Module:
+        config = found.config_class.from_dict(copy.deepcopy(data))
         with without_weights(computes), _at_most(4 * (len(manifest.tensors) + len(manifest.ties)) + 64):
             return found._from_config(config, dtype=dtype, **options)
+
+    try:
+        if not computes:
+            return build(False)
+        _refuse_absurd(build(False), manifest)
+        return build(True)
     except GraphPruneError:
         raise
     except Exception as error:  # whatever a strange config makes a constructor do
         reason = str(error).strip().split("\n")[0]
         raise GraphPruneError(f"{folder / CONFIG} describes no {manifest.class_name}: {reason}") from error
+
+
+def _refuse_absurd(model: nn.Module, manifest: Manifest) -> None:
+    """With ``computes`` a class makes its buffers, and for a moment each parameter, in memory: not any size is let.
+
+    ``model`` is what it makes on the meta device. What the folder itself takes is a measure that cannot be forged.
+    """
+    most = max(_ALWAYS, _TIMES_STORED * sum(file.bytes for file in manifest.files.values()))
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.named_parameters()}
+    sizes["its buffers"] = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    name = max(sizes, key=lambda one: sizes[one])
+    if sizes[name] > most:
+        raise GraphPruneError(
+            f"{CONFIG} describes a model where {name} would take {sizes[name]:,} bytes, far more than is in the folder."
+        )
 
 
 @contextmanager

@@ -4,15 +4,16 @@ A folder holds config.json (Hugging Face models only: the config of the pruned m
 else the one before the first pruning), generation_config.json,
 model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict,
 unless the class computes them from its config),
-the tokenizer, and graphprune.json (:mod:`graphprune.io.manifest`).
+the tokenizer, README.md (the model card), and graphprune.json (:mod:`graphprune.io.manifest`).
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +27,16 @@ from graphprune.io.atomic import new_folder
 from graphprune.io.checked_json import read_json
 from graphprune.io.empty_model import Factory, class_in_transformers, empty_model
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
+from graphprune.io.model_card import write_card
 from graphprune.io.stored_config import write_config
 from graphprune.io.tensors import Held, held_tensors, replace_tensor
 from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
 from graphprune.passes.rewrite import refresh_torch_attributes
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
 from graphprune.trace.provenance import Attribute, get_attribute, set_attribute
+
+if TYPE_CHECKING:
+    from graphprune.io.model_card import Evaluations
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -42,6 +47,8 @@ def save(
     *,
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
+    evaluations: Evaluations | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model to a new folder that :func:`load` reads. The folder is complete or it is not there.
 
@@ -50,6 +57,9 @@ def save(
         directory: a folder that does not exist yet; its parents are made.
         tokenizer: a Hugging Face tokenizer to write beside it.
         max_shard_size: bytes of one weight file at most, or a text such as ``"5GB"`` (10⁹ bytes each).
+        evaluations: what :func:`graphprune.evaluate.evaluate` measured of it, or of several models by their titles, for
+            its README.md; :func:`graphprune.update_card` puts them there later.
+        metadata: fields of the front matter of README.md, such as ``{"license": "mit"}``, over those that are known.
 
     Raises:
         GraphPruneError: when ``directory`` exists, the model was not pruned, has no weights, has been changed since so
@@ -68,6 +78,8 @@ def save(
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             _write(model, done, folder, max_shard_size)
+            stock = done.fields is not None
+            write_card(folder, done, type(model).__name__, stock=stock, metadata=metadata, evaluations=evaluations)
     except (OSError, SafetensorError, ValueError) as error:
         raise GraphPruneError(f"{target} could not be written: {error}.") from error
 

@@ -31,6 +31,7 @@ def report_to_data(report: Report) -> dict[str, Any]:
         "skipped": report.skipped,
         **({"new_biases": report.new_biases} if report.new_biases else {}),
         **_stated(report),
+        **_told(report),
         "plan": json.loads(report.plan.to_json()),
     }
 
@@ -59,6 +60,10 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         new_biases=_paths(data.get("new_biases", []), f"{where}: new_biases"),
         fields=_fields(data["fields"], f"{where}: fields") if "fields" in data else None,
         unsaid=of_kind(data.get("unsaid", 0.0), _NUMBER, f"{where}: unsaid"),
+        settings=of_kind(data.get("settings", {}), dict, f"{where}: settings"),
+        calibration=_calibration(data.get("calibration"), f"{where}: calibration"),
+        base_model=of_kind(data.get("base_model"), (str, type(None)), f"{where}: base_model"),
+        training=_paths(data.get("training", []), f"{where}: training"),
     )
 
 
@@ -66,6 +71,25 @@ def _stated(report: Report) -> dict[str, Any]:
     if report.fields is None:
         return {}
     return {"fields": {name: list(pair) for name, pair in report.fields.items()}, "unsaid": report.unsaid}
+
+
+def _told(report: Report) -> dict[str, Any]:
+    """What is only told to readers, as far as it is known; older folders have none of it."""
+    told = {
+        "settings": report.settings,
+        "calibration": list(report.calibration or ()),
+        "base_model": report.base_model,
+        "training": report.training,
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _calibration(pair: Any, where: str) -> tuple[int, int | None] | None:
+    if pair is None:
+        return None
+    if len(of_kind(pair, list, where)) != 2:
+        raise GraphPruneError(f"{where} needs a number of rows and a length.")
+    return of_kind(pair[0], int, where), of_kind(pair[1], (int, type(None)), where)
 
 
 def _fields(items: Any, where: str) -> dict[str, tuple[int | None, int]]:

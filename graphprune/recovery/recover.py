@@ -27,6 +27,7 @@ from graphprune.recovery.mixture import Weights
 from graphprune.recovery.run_folder import belongs_to
 from graphprune.recovery.settings import Recovery
 from graphprune.recovery.trainer import RecoveryTrainer, losses_in
+from graphprune.reporting import REPORT_ATTRIBUTE, Report
 from graphprune.trace.adapters import has_adapters
 from graphprune.trace.quiet import REFUSALS
 from graphprune.trace.skeleton import frozen_copy
@@ -59,6 +60,14 @@ class Stage:
         """The mean loss over the sources, before the first round and after every round."""
         found = [self.start, *(one.losses for one in self.rounds)]
         return [sum(losses.values()) / len(losses) for losses in found]
+
+    def told(self) -> str:
+        """In a sentence."""
+        means, sources = self.means, ", ".join(self.start)
+        return (
+            f"LoRA, stage {self.name}: {len(self.steps)} steps in {len(self.rounds)} rounds on {sources}; "
+            f"mean validation loss {means[0]:.4f} before and {means[self.best]:.4f} after, in nats per token"
+        )
 
 
 @dataclass
@@ -159,7 +168,17 @@ def recover_on(
                     f"{folder}; the same call goes on from there."
                 ) from error
             adapter = folder / name / _ADAPTER if stages[-1].best else adapter
-    return Recovered(_merged(model, _adapted(model, settings, adapter)), stages)
+    merged = _merged(model, _adapted(model, settings, adapter))
+    _report_training(model, merged, stages)
+    return Recovered(merged, stages)
+
+
+def _report_training(model: nn.Module, merged: nn.Module, stages: list[Stage]) -> None:
+    """The report of the pruned model, with what it was trained on, for the trained one."""
+    done: Report | None = getattr(model, REPORT_ATTRIBUTE, None)
+    if done is not None:
+        told = [*done.training, *(stage.told() for stage in stages)]
+        object.__setattr__(merged, REPORT_ATTRIBUTE, replace(done, training=told))
 
 
 def _adapted(model: nn.Module, settings: Recovery, adapter: Path | None) -> Any:

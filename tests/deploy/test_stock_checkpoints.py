@@ -117,7 +117,7 @@ def test_nothing_else_is_in_the_folder(folder: Path) -> None:
     for name, case in CASES.items():
         files = {path.name for path in (folder / name).iterdir()}
         generation = {"generation_config.json"} if case.generates else set()
-        assert files == {"config.json", "graphprune.json", "model.safetensors"} | generation
+        assert files == {"README.md", "config.json", "graphprune.json", "model.safetensors"} | generation
 
 
 @pytest.mark.parametrize("name", CASES)
