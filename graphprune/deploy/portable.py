@@ -61,7 +61,7 @@ def write_portable(model: nn.Module, sizes: Sizes, folder: Path) -> dict[str, An
         resize=inspect.getsource(resize).partition(_START)[2].lstrip(),
     )
     (folder / f"{module}.py").write_text(text, encoding="utf-8")
-    return {PORTABLE_KEY: sizes, "auto_map": {auto: f"{module}.{name}" for auto in autos}}
+    return {PORTABLE_KEY: sizes, "auto_map": dict.fromkeys(autos, f"{module}.{name}")}
 
 
 def auto_classes(model: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """Stock ``from_pretrained`` on a folder of :func:`graphprune.save`, by what transformers offers to quantisers.
 
-``register_quantizer`` is its documented place for code that changes a model between its construction, on the meta device,
-and the loading of its weights. Nothing is quantised here: the model that comes out is a plain one, whose config
+``register_quantizer`` is its documented place for code that changes a model after its construction, on the meta device,
+and before its weights are loaded. Nothing is quantised here: the model that comes out is a plain one, whose config
 remembers its sizes, so that ``save_pretrained`` writes a folder that loads again.
 
 This module is imported when transformers is (:mod:`graphprune.after_import`), not with graphprune.
@@ -9,6 +9,7 @@ This module is imported when transformers is (:mod:`graphprune.after_import`), n
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def sizes_for(model: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _attach_report(model: nn.Module, settings: PrunedConfig) -> None:
-    """What graphprune.json in a local folder says of the model: it can be pruned again, and saved."""
+    """What graphprune.json in a local folder says of this model: it can be pruned again, and saved."""
     from graphprune.io.manifest import MANIFEST, read_manifest
     from graphprune.reporting import REPORT_ATTRIBUTE
 
@@ -105,9 +106,8 @@ def _attach_report(model: nn.Module, settings: PrunedConfig) -> None:
     folder = Path(config.name_or_path)
     if type(model).__name__ != settings.sizes()["class"] or not (folder / MANIFEST).is_file():
         return
-    import copy
-
     base_config = copy.deepcopy(config)
     del base_config.quantization_config
     done = read_manifest(folder).report(base_config)
-    object.__setattr__(model, REPORT_ATTRIBUTE, done)
+    if done.parameters_after == sum(parameter.numel() for parameter in model.parameters()):
+        object.__setattr__(model, REPORT_ATTRIBUTE, done)

@@ -1,6 +1,6 @@
 """What a model of transformers has after pruning that its class would not build from its config.
 
-It goes into config.json, as :func:`graphprune.deploy.resize.resize` reads it: in ``quantization_config`` for the hook of
+It goes into config.json, as :func:`graphprune.deploy.resize.resize` reads it: in ``quantization_config`` for
 :mod:`graphprune.deploy.quantizer`, or under ``graphprune`` for the modelling file of a portable folder.
 """
 
@@ -80,7 +80,9 @@ def _check(built: nn.Module, sizes: Sizes, held: dict[str, Held], new: set[str])
     try:
         resize(built, copy.deepcopy(sizes))
     except (AttributeError, RuntimeError, ValueError, IndexError) as error:
-        raise GraphPruneError(f"{type(built).__name__} as it is built now cannot take the pruned sizes: {error}") from error
+        raise GraphPruneError(
+            f"{type(built).__name__} as it is built now cannot take the pruned sizes: {error}"
+        ) from error
     places = held_tensors(built)
     wanted = in_state_dict(held, sizes)
     for name in {**places, **wanted}:
