@@ -29,7 +29,7 @@ def resize(model: nn.Module, sizes: dict[str, Any]) -> None:
         AttributeError: naming what the model does not have.
     """
     for path in sizes["biases"]:
-        linear: Any = model.get_submodule(path)
+        linear: Any = _module(model, path)
         linear.bias = nn.Parameter(linear.weight.new_zeros(len(linear.weight)))
     done: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # tied tensors stay tied
     for name, shape in sizes["shapes"].items():
@@ -48,11 +48,20 @@ def resize(model: nn.Module, sizes: dict[str, Any]) -> None:
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+    return _module(model, path), leaf
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise AttributeError(f"{type(model).__name__} has no module {path!r}") from None
 
 
 def _cut(tensor: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """The first indices of every dimension."""
+    if len(shape) != tensor.dim():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} cannot get shape {shape}")
     new = tensor.detach().new_zeros(shape)
     common = tuple(slice(min(sizes)) for sizes in zip(shape, tensor.shape, strict=True))
     new[common] = tensor.detach()[common]
