@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from graphprune.after_import import after_import
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
@@ -71,3 +72,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'graphprune' has no attribute {name!r}")
+
+
+# With transformers, whenever that is imported: its from_pretrained then loads what save wrote.
+after_import("transformers.quantizers.auto", lambda: importlib.import_module("graphprune.deploy.quantizer"))

@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("transformers",),
         help="shrink only what the config of the model can say, so that stock from_pretrained loads the result",
     )
+    prune.add_argument(
+        "--portable",
+        action="store_true",
+        help="write a modelling file too: stock from_pretrained(…, trust_remote_code=True) then loads the result",
+    )
     prune.add_argument("--seed", type=int, default=0)
     prune.add_argument("--device", metavar="NAME", help="where data runs, such as cuda; weights come block by block")
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
@@ -163,7 +168,7 @@ def _prune(options: argparse.Namespace) -> None:
             progress=status.update,
         )
         status.update(f"writing {output}")
-        save(pruned, output, tokenizer=tokenizer)
+        save(pruned, output, tokenizer=tokenizer, portable=options.portable)
     found = graphprune.report(pruned)
     facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
     if options.json:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from graphprune.deploy.resize import refresh_torch_attributes
 from graphprune.ir.program import Program
 from graphprune.ir.selection import index_of
 from graphprune.passes.base import compiler_pass
@@ -100,38 +101,3 @@ def like(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if isinstance(old, nn.Parameter):
         return nn.Parameter(new, requires_grad=old.requires_grad)
     return new
-
-
-# What the classes of torch.nn themselves call the sizes of their weight: attribute → value from the module.
-_TORCH_ATTRIBUTES: tuple[tuple[type, dict[str, Callable[[nn.Module], int]]], ...] = (
-    (nn.Linear, {"in_features": lambda m: m.weight.shape[1], "out_features": lambda m: m.weight.shape[0]}),
-    (nn.Embedding, {"num_embeddings": lambda m: m.weight.shape[0], "embedding_dim": lambda m: m.weight.shape[1]}),
-    (
-        nn.modules.conv._ConvTransposeNd,
-        {"in_channels": lambda m: m.weight.shape[0], "out_channels": lambda m: m.weight.shape[1] * m.groups},
-    ),
-    (
-        nn.modules.conv._ConvNd,
-        {"in_channels": lambda m: m.weight.shape[1] * m.groups, "out_channels": lambda m: m.weight.shape[0]},
-    ),
-    (
-        nn.modules.batchnorm._NormBase,
-        {"num_features": lambda m: (m.weight if m.weight is not None else m.running_mean).shape[0]},
-    ),
-    (nn.GroupNorm, {"num_channels": lambda m: m.weight.shape[0]}),
-)
-
-
-def refresh_torch_attributes(model: nn.Module) -> None:
-    """``in_features`` and the like: attributes of torch.nn's own classes that forward never reads."""
-    for module in model.modules():
-        for kind, attributes in _TORCH_ATTRIBUTES:
-            if isinstance(module, kind):
-                if _has_tensor(module):
-                    for name, value in attributes.items():
-                        setattr(module, name, value(module))
-                break
-
-
-def _has_tensor(module: nn.Module) -> bool:
-    return getattr(module, "weight", None) is not None or getattr(module, "running_mean", None) is not None

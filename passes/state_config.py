@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from graphprune.deploy.solve import Stated, solve_config
+from graphprune.deploy.stock import PER_LAYER
 from graphprune.errors import GraphPruneError
 from graphprune.io.tensors import held_tensors, replace_tensor
 from graphprune.ir.program import Program
@@ -82,6 +83,8 @@ def _follow_numbers(mine: Any, now: Any, before: Any) -> None:
 
 def _follow_config(mine: Any, now: Any, before: Any) -> None:
     _follow_numbers(mine, now, before)
+    if getattr(now, "is_heterogeneous", False):
+        mine.per_layer_config = now.to_dict()[PER_LAYER]
     for name, config in configs_of(now):
         if name in vars(mine) and name in vars(before):
             _follow_config(vars(mine)[name], config, vars(before)[name])

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graphprune.deploy.stock import Path, Rows, Settings, Stock, at, changed, rows_of
+from graphprune.deploy.stock import PER_LAYER, Path, Rows, Settings, Stock, at, changed, rows_of
 from graphprune.trace.provenance import Attribute
 
 Law = Callable[[int], float]
@@ -27,7 +27,7 @@ class Fields:
 
     Attributes:
         settings: of the model as it is, with a value for every field that its class computes from others when there
-            is none (``head_dim``).
+            is none (``head_dim``), and for every layer where layers may differ.
         added: the fields that only have a value here.
         base: every number of the model as it is.
         slopes: field → number → slope, of every field that says any number and does not change what tensors there are.
@@ -55,7 +55,33 @@ def find_fields(stock: Stock, attributes: list[Attribute]) -> Fields:
         slopes = _slopes(stock, settings, path, base, attributes)
         if slopes:
             found.slopes[path] = slopes
+    for path in list(found.slopes):
+        _split_by_layer(found, path, attributes)
     return found
+
+
+def _split_by_layer(found: Fields, path: Path, attributes: list[Attribute]) -> None:
+    """Where the class lets a field have other values in other layers, a field for every layer takes its place.
+
+    A class that reads the field of the whole config refuses: nearly all do.
+    """
+    *inside, name = path
+    value, stock = at(found.settings, path), found.stock
+    if isinstance(name, int) or PER_LAYER in inside:
+        return
+    places: list[Path] = [
+        (*inside, PER_LAYER, str(layer), name) for layer in range(stock.layers(found.settings, tuple(inside)))
+    ]
+    now = {place: at(found.settings, place) or value for place in places}
+    tried = (changed(found.settings, dict.fromkeys(places, other)) for other in _others(value))
+    if not places or all(_probe(stock, settings, attributes) is None for settings in tried):
+        return
+    settings = changed(found.settings, now)
+    by_layer = {place: _slopes(stock, settings, place, found.base, attributes) for place in places}
+    if any(by_layer.values()) and _probe(stock, settings, attributes) == found.base:
+        found.settings = settings
+        by_layer[path] = _slopes(stock, settings, path, found.base, attributes)
+        found.slopes = {key: slopes for key, slopes in (found.slopes | by_layer).items() if slopes}
 
 
 def _implied(stock: Stock, settings: Settings, path: Path, base: Rows, attributes: list[Attribute]) -> int | None:
@@ -151,4 +177,4 @@ def _power(value: int, now: float, other: int, then: float) -> tuple[float, Law]
 
 def name_of(path: Path) -> str:
     """``vision_config.hidden_size``."""
-    return ".".join(path)
+    return ".".join(str(key) for key in path)

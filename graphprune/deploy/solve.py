@@ -10,7 +10,7 @@ import numpy as np
 
 from graphprune.deploy.classes import Sizes
 from graphprune.deploy.fields import Fields, name_of
-from graphprune.deploy.stock import STOCK_REFUSALS, Path, Rows, Settings, at, changed, rows_of
+from graphprune.deploy.stock import PER_LAYER, STOCK_REFUSALS, Path, Rows, Settings, at, changed, rows_of
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find
 from graphprune.ir.program import Program
@@ -122,11 +122,16 @@ def _stated(fields: Fields, values: dict[Path, int], wanted: Rows, attributes: l
         if built is not None and rows_of(built, attributes) == wanted:
             said = fewer
     before = fields.stock.settings
-    settings = changed(before, said)
+    # Of a field that layers differ in, every layer says its own.
+    layers = {path: at(fields.settings, path) for path in fields.slopes if PER_LAYER in path and values}
+    settings = changed(before, layers | said)
     return Stated(
         settings,
         fields.stock.config(settings),
-        {name_of(path): (at(before, path), value) for path, value in said.items()},
+        {
+            name_of(path): (at(fields.settings if path in layers else before, path), value)
+            for path, value in said.items()
+        },
     )
 
 

@@ -21,9 +21,14 @@ from graphprune.io.stored_config import read_settings
 from graphprune.trace.provenance import Attribute, get_attribute
 from graphprune.trace.quiet import REFUSALS
 
-# Keys from the config inwards: ("vision_config", "hidden_size").
-Path = tuple[str, ...]
+# Keys from the config inwards: ("vision_config", "hidden_size"), ("hidden_sizes", 2), and, in a config that may say other
+# things of every layer, ("per_layer_config", "3", "num_attention_heads").
+Path = tuple[str | int, ...]
 Settings = dict[str, Any]
+PER_LAYER = "per_layer_config"
+
+# Lists of sizes have one for every layer, or stage, at most.
+_LONGEST = 256
 
 # What a class raises of settings that it cannot be built from.
 STOCK_REFUSALS = (*REFUSALS, ArithmeticError, ImportError, StrictDataclassError)
@@ -109,12 +114,18 @@ class Stock:
         return list(asked)
 
     def integers(self, settings: Settings) -> list[Path]:
-        """Every setting that is a positive integer, in configs in the config too."""
+        """Every setting that is a positive integer, in lists and in configs in the config too."""
         return [path for path, value in _entries(self.config(settings), settings) if type(value) is int and value > 0]
 
     def unset(self, settings: Settings) -> list[Path]:
         """Every setting that is None."""
         return [path for path, value in _entries(self.config(settings), settings) if value is None]
+
+    def layers(self, settings: Settings, inside: Path) -> int:
+        """How many layers the config at ``inside`` may describe one by one; 0 for one that describes no layers."""
+        config = dict(_configs(self.config(settings), ()))[inside]
+        count = getattr(config, "num_hidden_layers", None)
+        return count if type(count) is int and hasattr(config, PER_LAYER) else 0
 
     def _from(self, config: Any) -> nn.Module:
         with _silent():
@@ -123,23 +134,34 @@ class Stock:
 
 def settings_of(config: Any) -> Settings:
     """All that a config says, as config.json would say it."""
-    return read_settings(json.loads(config.to_json_string(use_diff=False)))
+    return _plain_layers(read_settings(json.loads(config.to_json_string(use_diff=False))))
+
+
+def _plain_layers(settings: Any) -> Any:
+    """The numbers of layers as they are counted: transformers writes 03."""
+    if not isinstance(settings, dict):
+        return settings
+    plain = {key: _plain_layers(value) for key, value in settings.items()}
+    if isinstance(plain.get(PER_LAYER), dict):
+        plain[PER_LAYER] = {str(int(layer)): value for layer, value in plain[PER_LAYER].items()}
+    return plain
 
 
 def at(settings: Settings, path: Path) -> Any:
     """One setting; None where it is missing."""
-    for key in path[:-1]:
-        settings = settings[key]
-    return settings.get(path[-1])
+    found: Any = settings
+    for key in path:
+        found = found[key] if isinstance(key, int) else (found or {}).get(key)
+    return found
 
 
 def changed(settings: Settings, values: dict[Path, int]) -> Settings:
     """A copy with other values; those that are missing are added."""
     made = copy.deepcopy(settings)
     for path, value in values.items():
-        inner = made
+        inner: Any = made
         for key in path[:-1]:
-            inner = inner[key]
+            inner = inner[key] if isinstance(key, int) or inner.get(key) is not None else inner.setdefault(key, {})
         inner[path[-1]] = value
     return made
 
@@ -177,10 +199,10 @@ def _configs(config: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 def _entries(config: Any, settings: Settings) -> Iterator[tuple[Path, Any]]:
     for path, _ in _configs(config, ()):
-        inner = settings
-        for key in path:
-            inner = inner.get(key, {})
-        yield from (((*path, key), value) for key, value in inner.items())
+        for key, value in (at(settings, path) or {}).items():
+            yield (*path, key), value
+            if isinstance(value, list) and len(value) <= _LONGEST and all(type(item) is int for item in value):
+                yield from (((*path, key, place), item) for place, item in enumerate(value))
 
 
 def _listening(kind: type, path: Path, asked: dict[Path, None]) -> type:

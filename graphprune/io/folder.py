@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import graphprune
+from graphprune.deploy.portable import auto_classes, write_portable
+from graphprune.deploy.quantization_config import quantization_config
+from graphprune.deploy.resize import refresh_torch_attributes
+from graphprune.deploy.sizes_left import Sizes, in_state_dict, sizes_left
 from graphprune.deploy.stock import Stock, settings_of
 from graphprune.errors import GraphPruneError
 from graphprune.io.atomic import new_folder
@@ -29,9 +34,8 @@ from graphprune.io.empty_model import Factory, class_in_transformers, empty_mode
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
 from graphprune.io.model_card import write_card
 from graphprune.io.stored_config import write_config
-from graphprune.io.tensors import Held, held_tensors, replace_tensor
+from graphprune.io.tensors import Held, held_tensors, replace_tensor, same_values
 from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
-from graphprune.passes.rewrite import refresh_torch_attributes
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
 from graphprune.trace.provenance import Attribute, get_attribute, set_attribute
 
@@ -49,6 +53,7 @@ def save(
     max_shard_size: int | str = "5GB",
     evaluations: Evaluations | None = None,
     metadata: Mapping[str, Any] | None = None,
+    portable: bool = False,
 ) -> None:
     """Write a pruned model to a new folder that :func:`load` reads. The folder is complete or it is not there.
 
@@ -60,6 +65,8 @@ def save(
         evaluations: what :func:`graphprune.evaluate.evaluate` measured of it, or of several models by their titles, for
             its README.md; :func:`graphprune.update_card` puts them there later.
         metadata: fields of the front matter of README.md, such as ``{"license": "mit"}``, over those that are known.
+        portable: also write a modelling file, with which ``from_pretrained(directory, trust_remote_code=True)`` of
+            transformers loads the model where graphprune is not installed. A model made with ``deploy`` needs none.
 
     Raises:
         GraphPruneError: when ``directory`` exists, the model was not pruned, has no weights, has been changed since so
@@ -77,17 +84,20 @@ def save(
         with new_folder(target) as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _write(model, done, folder, max_shard_size)
-            stock = done.fields is not None
-            write_card(folder, done, type(model).__name__, stock=stock, metadata=metadata, evaluations=evaluations)
+            _write(model, done, folder, max_shard_size, portable)
+            loader = "transformers" if done.fields is not None else auto_classes(model)[0] if portable else "graphprune"
+            write_card(folder, done, type(model).__name__, loader, metadata=metadata, evaluations=evaluations)
     except (OSError, SafetensorError, ValueError) as error:
         raise GraphPruneError(f"{target} could not be written: {error}.") from error
 
 
-def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str) -> None:
-    held = held_tensors(model) if done.fields is None else _without_computed(model, done)
-    tensors, ties = write_weights(held, folder, max_shard_size)
+def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str, portable: bool) -> None:
     name = type(model).__name__
+    held = held_tensors(model) if done.fields is None else _without_computed(model, done)
+    sizes = _sizes(model, done, held, portable)
+    tensors, ties = write_weights(held if sizes is None else in_state_dict(held, sizes), folder, max_shard_size)
+    # How load is to hold them: as the class does.
+    tensors = {key: replace(one, persistent=held[key].persistent) for key, one in tensors.items()}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     manifest = Manifest(
         class_name=name,
@@ -100,7 +110,10 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
         reports=reports_to_data(done),
     )
     if hasattr(done.base_config, "to_json_string"):
-        write_config(done.base_config, name, _float_dtype(manifest), folder)
+        more: dict[str, Any] = {}
+        if sizes is not None:
+            more = write_portable(model, sizes, folder) if portable else quantization_config(sizes)
+        write_config(done.base_config, name, _float_dtype(manifest), folder, more)
         _write_generation_config(model, folder)
     checked = {*(stored.file for stored in tensors.values()), CONFIG}
     manifest.files = {file: fingerprint(folder / file) for file in sorted(checked) if (folder / file).is_file()}
@@ -110,18 +123,26 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
         _shaped_model(manifest, folder, manifest.report(None), None, None)
 
 
+def _sizes(model: nn.Module, done: Report, held: dict[str, Held], portable: bool) -> Sizes | None:
+    """What transformers has to be told to load the folder; None for a model that its config describes."""
+    if done.fields is not None:
+        return None
+    try:
+        return sizes_left(model, done, held)
+    except GraphPruneError as error:
+        if portable:
+            raise GraphPruneError(f"portable=True: {error}") from error
+        return None  # load can do more: other classes, and it says what is wrong
+
+
 def _without_computed(model: nn.Module, done: Report) -> dict[str, Held]:
     """The tensors that the class does not compute itself from the config."""
     built = held_tensors(Stock(model).build_with_buffers(settings_of(done.base_config)))
     return {
         name: item
         for name, item in held_tensors(model).items()
-        if item.persistent or name not in built or not _same(item.tensor, built[name].tensor)
+        if item.persistent or name not in built or not same_values(item.tensor, built[name].tensor)
     }
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return not other.is_meta and one.dtype == other.dtype and torch.equal(one.detach().cpu(), other.detach().cpu())
 
 
 def _write_generation_config(model: nn.Module, folder: Path) -> None:

@@ -32,8 +32,8 @@ def write_card(
     folder: Path,
     done: Report,
     class_name: str,
+    loader: str,
     *,
-    stock: bool,
     metadata: Mapping[str, Any] | None = None,
     evaluations: Evaluations | None = None,
 ) -> None:
@@ -41,15 +41,16 @@ def write_card(
 
     Args:
         done: what was done to it. class_name: of the model.
-        stock: whether transformers loads the folder by itself.
+        loader: what loads the folder: ``"transformers"`` by itself, ``"graphprune"``, or the auto class of transformers
+            that takes the modelling file of a portable folder.
         metadata: fields of the card's front matter, such as ``license``, over those that are known.
         evaluations: of the model, or of several by their titles, the dense one first.
 
     Raises:
         GraphPruneError: for metadata that is no plain data.
     """
-    data = _metadata(done, class_name, stock) | dict(metadata or {})
-    body = "\n".join(_body(done, class_name, stock, evaluations))
+    data = _metadata(done, class_name, loader) | dict(metadata or {})
+    body = "\n".join(_body(done, class_name, loader, evaluations))
     (folder / CARD).write_text(_with_metadata(data, body), encoding="utf-8")
 
 
@@ -108,9 +109,9 @@ def _with_metadata(data: dict[str, Any], body: str) -> str:
     raise GraphPruneError("The metadata of the model card cannot be written as YAML: leave out control characters.")
 
 
-def _metadata(done: Report, class_name: str, stock: bool) -> dict[str, Any]:
+def _metadata(done: Report, class_name: str, loader: str) -> dict[str, Any]:
     return {
-        "library_name": "transformers" if stock else "graphprune",
+        "library_name": "graphprune" if loader == "graphprune" else "transformers",
         "base_model": done.base_model,
         **_license(done),
         "pipeline_tag": _pipeline_tag(class_name),
@@ -141,7 +142,7 @@ def _pipeline_tag(class_name: str) -> str | None:
     return None
 
 
-def _body(done: Report, class_name: str, stock: bool, evaluations: Evaluations | None) -> list[str]:
+def _body(done: Report, class_name: str, loader: str, evaluations: Evaluations | None) -> list[str]:
     before = (done.history[0] if done.history else done).parameters_before
     of = f" of {_code(done.base_model)}" if done.base_model else ""
     lines = [
@@ -157,7 +158,7 @@ def _body(done: Report, class_name: str, stock: bool, evaluations: Evaluations |
         lines += ["## Training", "", "After pruning; the proof above is of the model before it.", ""]
         lines += [*(f"- {_plain(one)}" for one in done.training), ""]
     lines += ["## Measurements", "", *([_BEGIN, _END] if evaluations is None else _measurements(evaluations)), ""]
-    return [*lines, *_use(class_name, stock)]
+    return [*lines, *_use(class_name, loader)]
 
 
 def _pruning(done: Report) -> list[str]:
@@ -249,13 +250,16 @@ def _measurements(evaluations: Evaluations) -> list[str]:
     return [_BEGIN, "", *_table(["", *map(_plain, named)], rows), "", _END]
 
 
-def _use(class_name: str, stock: bool) -> list[str]:
-    if stock:
-        where = "`FOLDER` is this folder, or its name on the hub:"
-        load = f"from transformers import {class_name}\n\nmodel = {class_name}.from_pretrained(FOLDER)"
-    else:
+def _use(class_name: str, loader: str) -> list[str]:
+    where = "`FOLDER` is this folder, or its name on the hub:"
+    load = f"from transformers import {class_name}\n\nmodel = {class_name}.from_pretrained(FOLDER)"
+    if loader not in ("transformers", "graphprune"):
+        where += " its layers have sizes that the config cannot say, and the modelling file beside it gives them."
+        load = f"from transformers import {loader}\n\nmodel = {loader}.from_pretrained(FOLDER, trust_remote_code=True)"
+    elif loader == "graphprune":
         where = (
-            "`FOLDER` is a copy of this one. Its layers have sizes that the config cannot say, so graphprune loads it:"
+            "`FOLDER` is a copy of this one. Its layers have sizes that the config cannot say, so graphprune loads it "
+            "(and, once that is imported, `from_pretrained`):"
         )
         load = "import graphprune\n\nmodel = graphprune.load(FOLDER)"
     plan = "`graphprune.report(graphprune.load(FOLDER))` has the plan: which indices of which weights were kept."

@@ -9,8 +9,10 @@ from typing import Any
 from graphprune.io.checked_json import read_json
 from graphprune.io.manifest import CONFIG
 
+# What config.json of a portable folder says to its modelling file.
+PORTABLE_KEY = "graphprune"
 # Weights on disk are plain, whatever they were loaded from.
-_NOT_WRITTEN = {"quantization_config", "_name_or_path", "auto_map"}
+_NOT_WRITTEN = {"quantization_config", "_name_or_path", "auto_map", PORTABLE_KEY}
 # These would fetch code or weights from somewhere else while the model is built.
 _NOT_READ = _NOT_WRITTEN | {
     "attn_implementation",
@@ -25,9 +27,9 @@ _NOT_READ = _NOT_WRITTEN | {
 _SPECIAL_FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
-def write_config(config: Any, class_name: str, dtype: str | None, folder: Path) -> None:
-    """Write a Hugging Face config for weights of ``dtype`` of the class named."""
-    data = _without(json.loads(config.to_json_string()), _NOT_WRITTEN)
+def write_config(config: Any, class_name: str, dtype: str | None, folder: Path, more: dict[str, Any]) -> None:
+    """Write a Hugging Face config for weights of ``dtype`` of the class named, with ``more`` for who loads it."""
+    data = {**_without(json.loads(config.to_json_string()), _NOT_WRITTEN), **more}
     data["architectures"] = [class_name]
     if dtype is not None:
         data["dtype"] = dtype

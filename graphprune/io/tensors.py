@@ -42,3 +42,10 @@ def replace_tensor(model: nn.Module, name: str, kind: str, tensor: torch.Tensor)
     # Straight into the tables of nn.Module: setters of modules may copy, convert or refuse.
     tables: dict[str, Any] = {"parameter": module._parameters, "buffer": module._buffers, "attribute": vars(module)}
     tables[kind][leaf] = tensor
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bit by bit; one on the meta device has no values."""
+    if one.is_meta or other.is_meta or one.dtype != other.dtype:
+        return False
+    return torch.equal(one.detach().cpu(), other.detach().cpu())

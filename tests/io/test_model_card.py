@@ -219,7 +219,7 @@ def test_no_text_breaks_the_metadata(pruned: nn.Module, one: str, other: str, me
     )
     with TemporaryDirectory() as folder:
         try:
-            write_card(Path(folder), told, "Net", stock=False, metadata={"license": other, "tags": [one]})
+            write_card(Path(folder), told, "Net", "graphprune", metadata={"license": other, "tags": [one]})
         except GraphPruneError:
             return
         content = Path(folder, "README.md").read_bytes().decode()
@@ -251,6 +251,6 @@ def test_metadata_that_is_no_plain_data(pruned: nn.Module, tmp_path: Path, value
 
 def test_a_recovered_model_says_so(pruned: nn.Module, tmp_path: Path) -> None:
     done = replace(graphprune.report(pruned), training=["LoRA, stage pretraining: 3 steps"])
-    write_card(tmp_path, done, "Net", stock=False)
+    write_card(tmp_path, done, "Net", "graphprune")
     assert "## Training" in card(tmp_path).text
     assert "- LoRA, stage pretraining: 3 steps" in card(tmp_path).text
