@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphprune.recovery.settings import Recovery
     from graphprune.recovery.shear import Shear, shear
     from graphprune.reporting import Report, report
+    from graphprune.streaming.stream import stream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "report",
     "save",
     "shear",
+    "stream",
 ]
 
 # Imported on first use: `import graphprune` alone costs next to nothing.
@@ -52,6 +54,7 @@ _HOME = {
     "recover": "graphprune.recovery.recover",
     "save": "graphprune.io.folder",
     "shear": "graphprune.recovery.shear",
+    "stream": "graphprune.streaming.stream",
     "Knowledge": "graphprune.ir.knowledge",
     "Plan": "graphprune.ir.plan",
     "Recovery": "graphprune.recovery.settings",

@@ -28,10 +28,11 @@ from graphprune.io.empty_model import Factory, class_in_transformers, empty_mode
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
 from graphprune.io.stored_config import write_config
 from graphprune.io.tensors import Held, held_tensors, replace_tensor
-from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
+from graphprune.io.weight_files import WriteShard, check_files, fingerprint, read_weights, write_weights
 from graphprune.passes.rewrite import refresh_torch_attributes
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
 from graphprune.trace.provenance import Attribute, get_attribute, set_attribute
+from graphprune.trace.stored import Stored, stand_in, stored_of
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -67,14 +68,21 @@ def save(
         with new_folder(target) as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _write(model, done, folder, max_shard_size)
+            write_folder(model, done, folder, max_shard_size)
     except (OSError, SafetensorError, ValueError) as error:
         raise GraphPruneError(f"{target} could not be written: {error}.") from error
 
 
-def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str) -> None:
+def write_folder(
+    model: nn.Module,
+    done: Report,
+    folder: Path,
+    max_shard_size: int | str,
+    write_shard: WriteShard | None = None,
+) -> None:
+    """Write all but the tokenizer into ``folder``; ``write_shard`` may know weights that are not in memory."""
     held = held_tensors(model) if done.fields is None else _without_computed(model, done)
-    tensors, ties = write_weights(held, folder, max_shard_size)
+    tensors, ties, files = write_weights(held, folder, max_shard_size, write_shard)
     name = type(model).__name__
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     manifest = Manifest(
@@ -82,7 +90,7 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
         in_transformers=class_in_transformers(name) is type(model),
         attention=attention if isinstance(attention, str) else None,
         versions=_versions(),
-        files={},
+        files=files,
         tensors=tensors,
         ties=ties,
         reports=reports_to_data(done),
@@ -90,8 +98,8 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
     if hasattr(done.base_config, "to_json_string"):
         write_config(done.base_config, name, _float_dtype(manifest), folder)
         _write_generation_config(model, folder)
-    checked = {*(stored.file for stored in tensors.values()), CONFIG}
-    manifest.files = {file: fingerprint(folder / file) for file in sorted(checked) if (folder / file).is_file()}
+        files[CONFIG] = fingerprint(folder / CONFIG)
+    manifest.files = dict(sorted(files.items()))
     write_manifest(manifest, folder)
     if manifest.in_transformers:
         # Whoever changed the model after pruning (new tokens, adapters) is told now, not when loading.
@@ -165,15 +173,35 @@ def load(
     check_files(manifest, folder)
     done = manifest.report(None)
     built = _shaped_model(manifest, folder, done, model, dtype)
-    _put_weights(built, manifest, read_weights(manifest, folder, place, dtype))
+    _complete(built, manifest, folder, read_weights(manifest, folder, place, dtype), place)
+    object.__setattr__(built, REPORT_ATTRIBUTE, done)
+    return built.eval()
+
+
+def load_stored(folder: Path, manifest: Manifest, stored: dict[str, Stored], dtype: torch.dtype | None) -> nn.Module:
+    """:func:`load` for weights that stay on disk: ``stored`` reads them. The files are checked already.
+
+    What is outside of the state dict is read: it is small.
+    """
+    done = manifest.report(None)
+    built = _shaped_model(manifest, folder, done, None, dtype)
+    tensors = {name: stand_in(one) if manifest.tensors[name].persistent else one.read() for name, one in stored.items()}
+    _complete(built, manifest, folder, tensors, torch.device("cpu"))
+    object.__setattr__(built, REPORT_ATTRIBUTE, done)
+    return built.eval()
+
+
+def _complete(
+    built: nn.Module, manifest: Manifest, folder: Path, tensors: dict[str, torch.Tensor], place: torch.device
+) -> None:
+    """Give a model of the right shapes its weights and all else that the folder holds."""
+    _put_weights(built, manifest, tensors)
     for name, item in held_tensors(built).items():
         if not item.tensor.is_meta and item.tensor.device != place:  # computed by the class
             replace_tensor(built, name, item.kind, item.tensor.to(place))
     refresh_torch_attributes(built)
     _read_generation_config(built, folder)
     _refuse_meta(built)
-    object.__setattr__(built, REPORT_ATTRIBUTE, done)
-    return built.eval()
 
 
 def _checked_device(device: Any) -> torch.device:
@@ -296,7 +324,12 @@ def _check_shape(key: str, before: torch.Size, after: tuple[int, ...], kind: str
 def _put_weights(model: nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     for name, stored in manifest.tensors.items():
         if stored.kind == "parameter":
-            tensors[name] = nn.Parameter(tensors[name], requires_grad=stored.requires_grad)
+            on_disk = stored_of(tensors[name])
+            tensors[name] = (
+                nn.Parameter(tensors[name], requires_grad=stored.requires_grad)
+                if on_disk is None
+                else stand_in(on_disk, stored.requires_grad)
+            )
     for name, place in held_tensors(model).items():
         source = _stored_name(manifest, name)
         if source in tensors:  # a plain attribute may not have been there when the model was saved
@@ -318,7 +351,8 @@ def _read_generation_config(model: nn.Module, folder: Path) -> None:
 def _refuse_meta(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(value)):
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            if any(tensor.is_meta and stored_of(tensor) is None for tensor in tensors):
                 raise GraphPruneError(
                     f"{type(model).__name__}: {path or 'the model'} keeps a tensor in {name!r} that is neither "
                     "parameter nor buffer; its value cannot be restored. Make it a buffer (persistent=False)."
