@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def stream(
     }
     say = progress or (lambda text: None)
     say(f"reading {source}")
-    with ExitStack() as stack:
+    with ExitStack() as stack, _one_thread():
         try:
             model, checkpoint = _open(source, dtype, stack)
             key = _key(source, checkpoint, ratio, plan, dtype, max_shard_size, choices)
@@ -117,6 +117,20 @@ def stream(
         except (OSError, SafetensorError, ValueError) as error:
             raise GraphPruneError(f"{target} could not be written: {error}. The same call goes on.") from error
     return report(pruned)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch in one thread: pieces are small, and two threads that meet after each wait longer than they work.
+
+    Another one writes meanwhile.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check(source: Path, method: str, plan: Plan | None, dtype: Any) -> None:
