@@ -68,9 +68,8 @@ def run(options: argparse.Namespace) -> None:
         "seconds": found.total_seconds,
     }
     if options.json:
-        print(
-            json.dumps({**facts, "widths": found.widths, "skipped": found.skipped, "output": options.output}, indent=1)
-        )
+        more = {"widths": found.widths, "skipped": found.skipped, "output": options.output}
+        print(json.dumps({**facts, **more}, indent=1))
     else:
         print_tables(found, facts)
         print(f"written to {options.output}; not proven: the weights were never in memory together")

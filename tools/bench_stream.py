@@ -3,8 +3,8 @@
     python tools/bench_stream.py                       # a random bf16 Llama of about 3 GB, in shards
     python tools/bench_stream.py --gigabytes 0.3       # a smaller one
 
-Everything lies in a temporary folder (``--folder`` says where). ``cp`` and the stream run in turn, in processes of their
-own, each after all that is dirty was written to the disk and, with ``--sync``, until its own bytes are there. The peak
+Everything lies in a temporary folder (``--folder`` says where). ``cp`` and the stream run in turn, each in a process of
+its own, after all that is dirty was written to the disk and, with ``--sync``, until its own bytes are there. The peak
 is that of resident memory over what the interpreter has after importing the libraries.
 """
 

@@ -68,7 +68,7 @@ def _class_of(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
         if found is not None:
             return found, found.config_class.from_dict(dict(settings))
         kind = settings.get("model_type")
-        if not _is_text(kind) or kind not in transformers.CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
             raise GraphPruneError(
                 f"{folder / CONFIG} names no model that transformers has ({kind!r}); code in the folder is never run."
             )
