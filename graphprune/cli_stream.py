@@ -8,7 +8,7 @@ import json
 from graphprune.errors import GraphPruneError
 
 # What a run that never holds the model cannot do.
-_NOT_STREAMED = ("unprunable_ratio", "device")
+_NOT_STREAMED = ("unprunable_ratio",)
 
 
 def add_options(prune: argparse.ArgumentParser) -> None:
@@ -30,6 +30,8 @@ def run(options: argparse.Namespace) -> None:
 
     import graphprune
     from graphprune.cli import print_tables, read_text
+    from graphprune.data.calibration import MADE
+    from graphprune.data.texts import data_of
 
     for name in _NOT_STREAMED:
         if getattr(options, name):
@@ -58,6 +60,10 @@ def run(options: argparse.Namespace) -> None:
             width=options.width,
             experts=options.experts,
             seed=options.seed,
+            data=data_of(options.data, MADE),
+            samples=options.samples,
+            length=options.length,
+            device=options.device,
             progress=status.update,
         )
     facts = {

@@ -142,6 +142,7 @@ class Program:
     Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
     together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
     ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
+    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in.
     """
 
     model: nn.Module
@@ -170,6 +171,7 @@ class Program:
     new_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
+    spill: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     _selection: tuple[Plan, Selection] | None = None
 
     @property
@@ -205,6 +207,17 @@ class Program:
     def stored(self, tensor: torch.Tensor) -> Stored | None:
         """Where on disk the value of :meth:`weight` is, None if it is in memory."""
         return stored_of(self.current(tensor))
+
+    def at_home(self, value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """``value`` in the dtype of a parameter, and where that is; in memory for one on disk."""
+        return value.to("cpu" if stored_of(tensor) is not None else tensor.device, tensor.dtype)
+
+    def put_away(self, name: str, value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """A new value of the parameter ``tensor``, which is called ``name``: where that is, on disk too."""
+        if stored_of(value) is not None:
+            return value
+        kept = self.at_home(value, tensor)
+        return kept if self.spill is None or stored_of(tensor) is None else self.spill(name, kept)
 
     def consumed(self) -> set[tuple[str, int]]:
         """Every dimension of a parameter that is summed away: (canonical name, dimension)."""

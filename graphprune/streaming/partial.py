@@ -17,7 +17,7 @@ from graphprune.io.checked_json import of_kind, read_json, take
 from graphprune.io.manifest import StoredFile
 from graphprune.io.weight_files import fingerprint
 
-_STATE, _PLAN = ".finished.json", ".plan.json"
+_STATE, _PLAN, _SCRATCH = ".finished.json", ".plan.json", ".scratch"
 
 
 class Partial:
@@ -31,19 +31,25 @@ class Partial:
         self.target, self.path = target, target.parent / f".{target.name}.{key[:16]}.partial"
         self._key = key
         self._finished: dict[str, StoredFile] = {}
+        self._outcome: str | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """A folder, not made yet, for what is only needed until all is written."""
+        return self.path / _SCRATCH
 
     def take_up(self) -> None:
         """Find out what is finished, and remove all else. Raises OSError."""
         if (self.path / _STATE).is_file():
             with suppress(GraphPruneError):  # the disk lost it: all is made anew
-                self._finished = self._read()
+                self._outcome, self._finished = self._read()
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name not in (_STATE, _PLAN, *self._finished):
                 path.unlink()
 
-    def _read(self) -> dict[str, StoredFile]:
+    def _read(self) -> tuple[str | None, dict[str, StoredFile]]:
         where = str(self.path / _STATE)
         data = read_json(self.path / _STATE)
         if take(data, "key", str, where) != self._key:
@@ -52,7 +58,13 @@ class Partial:
         for name, item in take(data, "files", dict, where).items():
             of_kind(item, dict, where)
             found[name] = StoredFile(take(item, "bytes", int, where), take(item, "sha256", str, where))
-        return found
+        return take(data, "outcome", (str, type(None)), where), found
+
+    def agree(self, outcome: str) -> None:
+        """What is to be written, as a fingerprint: what an earlier run finished of anything else does not count."""
+        if outcome != self._outcome:
+            self._finished.clear()
+        self._outcome = outcome
 
     def finished(self, file: Path) -> StoredFile | None:
         """A file that an earlier run finished, exactly as it was then; None where it has to be written."""
@@ -65,7 +77,7 @@ class Partial:
         """Note that a file is complete. Raises OSError."""
         self._finished[name] = file
         files = {name: asdict(file) for name, file in self._finished.items()}
-        replace_file(self.path / _STATE, json.dumps({"key": self._key, "files": files}))
+        replace_file(self.path / _STATE, json.dumps({"key": self._key, "outcome": self._outcome, "files": files}))
 
     def plan(self) -> dict[str, Any] | None:
         """What :meth:`keep_plan` noted in an earlier run."""
@@ -85,6 +97,7 @@ class Partial:
         """Make it the target. Raises OSError."""
         for name in (_STATE, _PLAN):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         publish(self.path, self.target)
 
 

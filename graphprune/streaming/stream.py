@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 import graphprune
 from graphprune.compiler import compile
 from graphprune.errors import GraphPruneError
-from graphprune.io.fingerprint import fingerprint
+from graphprune.io.fingerprint import fingerprint, of_batches
 from graphprune.io.folder import GENERATION_CONFIG, write_folder
 from graphprune.io.manifest import CONFIG, MANIFEST, StoredFile
 from graphprune.io.tensors import held_tensors
@@ -30,8 +30,9 @@ from graphprune.streaming.open_pruned import open_manifest, open_pruned
 from graphprune.streaming.partial import Partial, partial_folder
 from graphprune.streaming.shard_writer import write_shard
 
-# Those that look at nothing but weights.
-METHODS = ("magnitude", "l1", "l2", "random", "peak-to-peak")
+# Those that look at nothing but weights, and those that look at activations and train nothing.
+WEIGHTS = ("magnitude", "l1", "l2", "random", "peak-to-peak")
+ACTIVATIONS = ("ppm", "wanda-sp", "flap", "slimgpt", "flap-wifv", "flap-wifn")
 Say = Callable[[str], None]
 
 
@@ -55,14 +56,18 @@ def stream(
     width: bool = False,
     experts: bool = False,
     seed: int = 0,
+    data: Any = None,
+    samples: int | None = None,
+    length: int = 128,
+    device: str | torch.device | None = None,
     progress: Say | None = None,
 ) -> Report:
     """Prune the checkpoint in ``folder`` into the new folder ``directory``, a piece of a tensor at a time.
 
     The result is bit by bit what :func:`graphprune.compile` and :func:`graphprune.save` make of the loaded model, and
-    is read as that is. The plan is made on the meta device by the same passes. Nothing runs the weights, so nothing is
-    proven about them: ``oracle_error`` is None. What was checked is that the model of the new shapes runs on the meta
-    device, with a cache too, and that the folder fits it.
+    is read as that is. The plan is made on the meta device by the same passes. The oracle would have to run the model
+    twice and does not, so nothing is proven about the weights: ``oracle_error`` is None. What was checked is that the
+    model of the new shapes runs on the meta device, with a cache too, and that the folder fits it.
 
     Interrupted, it leaves a hidden folder beside ``directory``, from which the same call goes on.
 
@@ -70,12 +75,17 @@ def stream(
         folder: what :func:`graphprune.save` or ``save_pretrained`` of transformers wrote, as safetensors.
         directory: a folder that does not exist yet; its parents are made.
         ratio: parameters to remove / all parameters, in (0, 1).
-        method: ``"magnitude"``, ``"l1"``, ``"l2"``, ``"peak-to-peak"`` or ``"random"``: what needs no data.
+        method: ``"magnitude"``, ``"l1"``, ``"l2"``, ``"peak-to-peak"`` or ``"random"``, which look at weights alone, a
+            piece at a time; or ``"ppm"``, ``"wanda-sp"``, ``"flap"``, ``"slimgpt"`` (and the criteria of FLAP), which
+            run the model: weights come from disk as operators need them, and those of one block stay in memory.
         plan: a plan to replay instead of scoring.
         dtype: of the floating-point weights; as stored by default.
         max_shard_size: as for :func:`graphprune.save`.
         deploy, allocation, round_to, include, exclude, skip_first, skip_last, inner_axes, width, experts, seed: as for
             :func:`graphprune.compile`.
+        data, samples, length, device: what methods that look at activations run, and where, as for
+            :func:`graphprune.compile`, with the tokenizer of ``folder``. Without data the model writes some, for which
+            it is read from disk once per token.
         progress: called with what is done, and how many bytes of it.
 
     Returns:
@@ -102,17 +112,25 @@ def stream(
         "width": width,
         "experts": experts,
         "seed": seed,
+        "samples": samples,
+        "length": length,
+        "device": device,
     }
     say = progress or (lambda text: None)
     say(f"reading {source}")
-    with ExitStack() as stack, _one_thread():
+    runs = plan is None and method in ACTIVATIONS
+    with ExitStack() as stack:
         try:
             model, checkpoint = _open(source, dtype, stack)
-            key = _key(source, checkpoint, ratio, plan, dtype, max_shard_size, choices)
+            tokenizer = _tokenizer(source)
+            key = _key(source, checkpoint, ratio, plan, dtype, max_shard_size, {**choices, "data": _plain(data)})
             partial = stack.enter_context(partial_folder(target, key))
-            how = None if plan is not None else (kept_plan(passes_of(method), partial),)
-            pruned = compile(model, ratio, plan=plan, passes=how, progress=progress, **choices)
-            _write(pruned, source, partial, max_shard_size, say)
+            how = None if plan is not None else (kept_plan(passes_of(method), partial, stack),)
+            given: dict[str, Any] = {**choices, "data": data, "tokenizer": tokenizer} if runs else choices
+            with nullcontext() if runs else _one_thread():
+                pruned = compile(model, ratio, plan=plan, passes=how, progress=progress, **given)
+            with _one_thread():
+                _write(pruned, tokenizer, partial, max_shard_size, say)
             stack.close()
         except (OSError, SafetensorError, ValueError) as error:
             raise GraphPruneError(f"{target} could not be written: {error}. The same call goes on.") from error
@@ -136,11 +154,11 @@ def _one_thread() -> Iterator[None]:
 def _check(source: Path, method: str, plan: Plan | None, dtype: Any) -> None:
     if not source.is_dir():
         raise GraphPruneError(f"There is no folder {source}: what is streamed is a folder of safetensors files.")
-    if plan is None and method not in METHODS:
+    if plan is None and method not in (*WEIGHTS, *ACTIVATIONS):
         passes_of(method)  # an unknown name is another error
         raise GraphPruneError(
-            f"{method!r} runs the model, which is not streamed: choose one of {', '.join(METHODS)}, or replay a plan "
-            "that it made."
+            f"{method!r} needs gradients or trains, for which the model has to be in memory: choose one of "
+            f"{', '.join((*WEIGHTS, *ACTIVATIONS))}, or replay a plan that it made."
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise GraphPruneError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
@@ -174,7 +192,14 @@ def _key(source: Path, checkpoint: Checkpoint, *choices: Any) -> str:
     )
 
 
-def _write(pruned: nn.Module, source: Path, partial: Partial, max_shard_size: int | str, say: Say) -> None:
+def _plain(data: Any) -> Any:
+    """What tells calibration data from other. That what comes of it is the same is looked at as well."""
+    if isinstance(data, torch.Tensor):
+        return of_batches([{"data": data}])
+    return data if isinstance(data, (str, list)) and all(isinstance(one, str) for one in data) else type(data).__name__
+
+
+def _write(pruned: nn.Module, tokenizer: Any, partial: Partial, max_shard_size: int | str, say: Say) -> None:
     distinct = {id(item.tensor): item.tensor for item in held_tensors(pruned).values()}
     total = sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
     done = 0
@@ -196,7 +221,6 @@ def _write(pruned: nn.Module, source: Path, partial: Partial, max_shard_size: in
             say(f"{path.name} is there already: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
         return finished
 
-    tokenizer = _tokenizer(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial.path)
     write_folder(pruned, report(pruned), partial.path, max_shard_size, write)
