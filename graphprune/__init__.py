@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphprune.recovery.settings import Recovery
     from graphprune.recovery.shear import Shear, shear
     from graphprune.reporting import Report, report
+    from graphprune.streaming.stream import stream
 
 __version__ = "0.1.0"
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "report",
     "save",
     "shear",
+    "stream",
     "update_card",
 ]
 
@@ -58,6 +60,7 @@ _HOME = {
     "recover": "graphprune.recovery.recover",
     "save": "graphprune.io.folder",
     "shear": "graphprune.recovery.shear",
+    "stream": "graphprune.streaming.stream",
     "update_card": "graphprune.io.model_card",
     "Knowledge": "graphprune.ir.knowledge",
     "Plan": "graphprune.ir.plan",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_card, cli_evaluate, cli_knowledge, cli_shear
+from graphprune import cli_card, cli_evaluate, cli_knowledge, cli_shear, cli_stream
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
-    prune.add_argument("--method", default="ppm", help="ppm (default), wanda-sp, flap, slimgpt, magnitude, random, …")
+    prune.add_argument("--method", help="ppm (default; magnitude with --stream), wanda-sp, flap, slimgpt, random, …")
     prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
     prune.add_argument("--samples", type=int, help="rows of calibration data (default 32; 8 of snippets)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
     prune.add_argument("--json", action="store_true", help="print the report as JSON")
+    cli_stream.add_options(prune)
 
     inspect = commands.add_parser("inspect", help="show what hangs together, what is pinned and why")
     inspect.set_defaults(run=_inspect)
@@ -127,12 +128,16 @@ def _prune(options: argparse.Namespace) -> None:
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
+    from graphprune.passes.methods import DEFAULT_METHOD
     from graphprune.trace.inputs import example_inputs_for
 
     output = Path(options.output)
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
-    plan = graphprune.Plan.from_json(_read(options.plan)) if options.plan else None
+    if options.stream:
+        cli_stream.run(options)
+        return
+    plan = graphprune.Plan.from_json(read_text(options.plan)) if options.plan else None
     data = data_of(options.data, MADE)
     console = Console(stderr=True)
     with console.status(f"loading {options.model}") as status:
@@ -144,7 +149,7 @@ def _prune(options: argparse.Namespace) -> None:
             model,
             options.ratio,
             plan=plan,
-            method=options.method,
+            method=options.method or DEFAULT_METHOD,
             data=data,
             tokenizer=tokenizer,
             allocation=options.allocation,
@@ -168,7 +173,7 @@ def _prune(options: argparse.Namespace) -> None:
             progress=status.update,
         )
         status.update(f"writing {output}")
-        save(pruned, output, tokenizer=tokenizer, portable=options.portable)
+        save(pruned, output, tokenizer=tokenizer, max_shard_size=options.max_shard_size, portable=options.portable)
     found = graphprune.report(pruned)
     facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
     if options.json:
@@ -202,6 +207,8 @@ def print_tables(report: Any, facts: dict[str, Any]) -> None:
     console = Console()
     table = Table("", "before", "after", "change")
     for name, title in (("parameters", "parameters"), ("macs", "MACs per token"), ("bytes", "bytes")):
+        if name not in facts:
+            continue
         before, after = facts[name]
         table.add_row(title, f"{before:,}", f"{after:,}", f"{after / before - 1:+.2%}")
     console.print(table)
@@ -217,7 +224,8 @@ def print_tables(report: Any, facts: dict[str, Any]) -> None:
         console.print(widths)
 
 
-def _read(path: str) -> str:
+def read_text(path: str) -> str:
+    """The text of a file. Raises :class:`GraphPruneError`."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -34,6 +34,7 @@ from graphprune.reporting import REPORT_ATTRIBUTE, Report, make_report
 from graphprune.trace.dispatched import gathered, is_dispatched, main_device
 from graphprune.trace.inputs import example_inputs_for, normalise
 from graphprune.trace.skeleton import is_on_meta, names
+from graphprune.trace.stored import lacks_weights
 
 if TYPE_CHECKING:
     from graphprune.recovery.settings import Recovery
@@ -324,7 +325,7 @@ def _require_gradients_as(model: nn.Module, pruned: nn.Module) -> None:
 
 
 def _check_weights_are_here(model: nn.Module) -> None:
-    if is_on_meta(model):
+    if lacks_weights(model):
         raise GraphPruneError(
             "The model is on the meta device, so there is nothing to score: load its weights, or use method='random'."
         )

@@ -15,6 +15,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def check_weights(program: Program) -> None:
     """Every parameter is a plain floating-point tensor without NaN or infinite values.
 
+    The values of one on disk are looked at when they are read.
+
     Raises :class:`GraphPruneError` naming the first that is not.
     """
     if getattr(program.model, "is_quantized", False) or getattr(program.model, "hf_quantizer", None) is not None:

@@ -169,14 +169,15 @@ class _Operation:
         for key, site in self._sites.items():
             assert site.pruned is not None
             if self._adapts(site):
-                self.program.updates[key] = site.pruned.to(site.weight.device)
+                self.program.updates[key] = self.program.put_away(site.name, site.pruned, site.weight)
             if site.bias is None or site.offset is None:
                 continue
             if site.bias.new is not None:
-                self.program.new_biases[site.bias.new] = site.offset.to(site.weight)
+                self.program.new_biases[site.bias.new] = self.program.at_home(site.offset, site.weight)
             elif site.bias.name is not None:
                 old = tensors[site.bias.name]
-                self.program.updates[id(old)] = (old.detach() + site.offset.to(old.device)).to(old.dtype)
+                values = self.program.weight(old)
+                self.program.updates[id(old)] = (values + site.offset.to(values.device)).to(old.dtype)
 
     def _adapts(self, site: _Site) -> bool:
         canonical = self.program.need("axes").canonical
@@ -196,12 +197,13 @@ class _Operation:
         dtype = torch.promote_types(seen.dtype, torch.float32)
         if site.cut is None:
             site.product = product
-            found = matrices(site.weight.detach(), site.dim, product, conv_groups(product, args, kwargs))
+            dense = self.program.weight(site.weight)
+            found = matrices(dense, site.dim, product, conv_groups(product, args, kwargs))
             site.cut = self.make(found.to(seen.device, dtype, copy=True))
         site.cut.see(seen.to(dtype))
 
     def _solve(self, site: _Site) -> None:
-        dense = site.weight.detach()
+        dense = self.program.weight(site.weight)
         if site.cut is None:
             dtype = torch.promote_types(dense.dtype, torch.float32)
             site.cut = self.make(matrices(dense, site.dim, None).to(dtype, copy=True))
@@ -224,7 +226,7 @@ class _Operation:
             cut.weight = matrices(dense.to(gone.device), site.dim, site.product, groups).masked_fill(gone, 0)
         for other in self._by_place.values():  # all data is past those: what they hold need not be on the device
             if other.place < site.place and other.pruned is not None:
-                other.pruned = other.pruned.to(other.weight.device)
+                other.pruned = self.program.put_away(other.name, other.pruned, other.weight)
         site.pruned, site.offset = put_matrices(cut.weight, dense, site.dim, site.product), cut.offset
         site.cut = None
         self._left -= 1

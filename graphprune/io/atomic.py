@@ -23,25 +23,31 @@ def new_folder(target: Path) -> Iterator[Path]:
     Raises:
         GraphPruneError: when there is something at ``target`` already.
     """
-    _refuse_existing(target)
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the rename stays on one file system; not tempfile.mkdtemp, whose folders only the owner reads.
     with partial_folder(target) as partial:
         try:
             yield partial
-            for folder, _, files in os.walk(partial):
-                for name in files:
-                    _flush(Path(folder, name))
-                _flush(Path(folder))
-            _refuse_existing(target)  # os.rename would replace an empty folder made meanwhile
-            os.rename(partial, target)
+            publish(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Rename a complete folder to ``target``, on the disk too. Raises OSError, GraphPruneError."""
+    for folder, _, files in os.walk(partial):
+        for name in files:
+            _flush(Path(folder, name))
+        _flush(Path(folder))
+    refuse_existing(target)  # os.rename would replace an empty folder made meanwhile
+    os.rename(partial, target)
     _flush(target.parent)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise :class:`GraphPruneError` when there is something at ``target``."""
     if os.path.lexists(target):
         raise GraphPruneError(f"{target} exists already and is left as it is: give a folder that does not exist yet.")
 

@@ -91,7 +91,7 @@ def _from_config(found: Any, manifest: Manifest, folder: Path, dtype: torch.dtyp
 
     def build(computes: bool) -> nn.Module:
         config = found.config_class.from_dict(copy.deepcopy(data))
-        with without_weights(computes), _at_most(4 * (len(manifest.tensors) + len(manifest.ties)) + 64):
+        with without_weights(computes), at_most(4 * (len(manifest.tensors) + len(manifest.ties)) + 64, MANIFEST):
             return found._from_config(config, dtype=dtype, **options)
 
     try:
@@ -122,8 +122,8 @@ def _refuse_absurd(model: nn.Module, manifest: Manifest) -> None:
 
 
 @contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Stop a config with a billion layers: a model cannot have many more parameters than the folder has tensors."""
+def at_most(count: int, listed: str) -> Iterator[None]:
+    """Stop a config with a billion layers: a model cannot have many more parameters than ``listed`` has tensors."""
     thread = threading.get_ident()
     made = 0
 
@@ -133,7 +133,7 @@ def _at_most(count: int) -> Iterator[None]:
             return
         made += 1
         if made > count:
-            raise GraphPruneError(f"{CONFIG} describes a model with far more tensors than {MANIFEST} lists.")
+            raise GraphPruneError(f"{CONFIG} describes a model with far more tensors than {listed} lists.")
 
     hook = register_module_parameter_registration_hook(counted)
     try:

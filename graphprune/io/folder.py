@@ -32,12 +32,13 @@ from graphprune.io.atomic import new_folder
 from graphprune.io.checked_json import read_json
 from graphprune.io.empty_model import Factory, class_in_transformers, empty_model
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
-from graphprune.io.model_card import write_card
+from graphprune.io.model_card import update_card, write_card
 from graphprune.io.stored_config import write_config
 from graphprune.io.tensors import Held, held_tensors, replace_tensor, same_values
-from graphprune.io.weight_files import check_files, fingerprint, read_weights, write_weights
+from graphprune.io.weight_files import WriteShard, check_files, fingerprint, read_weights, write_weights
 from graphprune.reporting import REPORT_ATTRIBUTE, Report, report
 from graphprune.trace.provenance import Attribute, get_attribute, set_attribute
+from graphprune.trace.stored import Stored, stand_in, stored_of
 
 if TYPE_CHECKING:
     from graphprune.io.model_card import Evaluations
@@ -84,18 +85,28 @@ def save(
         with new_folder(target) as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            _write(model, done, folder, max_shard_size, portable)
-            loader = "transformers" if done.fields is not None else auto_classes(model)[0] if portable else "graphprune"
-            write_card(folder, done, type(model).__name__, loader, metadata=metadata, evaluations=evaluations)
+            write_folder(model, done, folder, max_shard_size, portable=portable)
+            if metadata or evaluations:
+                update_card(folder, metadata=metadata, evaluations=evaluations)
     except (OSError, SafetensorError, ValueError) as error:
         raise GraphPruneError(f"{target} could not be written: {error}.") from error
 
 
-def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | str, portable: bool) -> None:
+def write_folder(
+    model: nn.Module,
+    done: Report,
+    folder: Path,
+    max_shard_size: int | str,
+    *,
+    portable: bool = False,
+    write_shard: WriteShard | None = None,
+) -> None:
+    """Write all but the tokenizer into ``folder``; ``write_shard`` may know weights that are not in memory."""
     name = type(model).__name__
     held = held_tensors(model) if done.fields is None else _without_computed(model, done)
     sizes = _sizes(model, done, held, portable)
-    tensors, ties = write_weights(held if sizes is None else in_state_dict(held, sizes), folder, max_shard_size)
+    stated = held if sizes is None else in_state_dict(held, sizes)
+    tensors, ties, files = write_weights(stated, folder, max_shard_size, write_shard)
     # How load is to hold them: as the class does.
     tensors = {key: replace(one, persistent=held[key].persistent) for key, one in tensors.items()}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -104,7 +115,7 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
         in_transformers=class_in_transformers(name) is type(model),
         attention=attention if isinstance(attention, str) else None,
         versions=_versions(),
-        files={},
+        files=files,
         tensors=tensors,
         ties=ties,
         reports=reports_to_data(done),
@@ -115,12 +126,14 @@ def _write(model: nn.Module, done: Report, folder: Path, max_shard_size: int | s
             more = write_portable(model, sizes, folder) if portable else quantization_config(sizes)
         write_config(done.base_config, name, _float_dtype(manifest), folder, more)
         _write_generation_config(model, folder)
-    checked = {*(stored.file for stored in tensors.values()), CONFIG}
-    manifest.files = {file: fingerprint(folder / file) for file in sorted(checked) if (folder / file).is_file()}
+        files[CONFIG] = fingerprint(folder / CONFIG)
+    manifest.files = dict(sorted(files.items()))
     write_manifest(manifest, folder)
     if manifest.in_transformers:
         # Whoever changed the model after pruning (new tokens, adapters) is told now, not when loading.
         _shaped_model(manifest, folder, manifest.report(None), None, None)
+    loader = "transformers" if done.fields is not None else auto_classes(model)[0] if portable else "graphprune"
+    write_card(folder, done, name, loader)
 
 
 def _sizes(model: nn.Module, done: Report, held: dict[str, Held], portable: bool) -> Sizes | None:
@@ -198,15 +211,35 @@ def load(
     check_files(manifest, folder)
     done = manifest.report(None)
     built = _shaped_model(manifest, folder, done, model, dtype)
-    _put_weights(built, manifest, read_weights(manifest, folder, place, dtype))
+    _complete(built, manifest, folder, read_weights(manifest, folder, place, dtype), place)
+    object.__setattr__(built, REPORT_ATTRIBUTE, done)
+    return built.eval()
+
+
+def load_stored(folder: Path, manifest: Manifest, stored: dict[str, Stored], dtype: torch.dtype | None) -> nn.Module:
+    """:func:`load` for weights that stay on disk: ``stored`` reads them. The files are checked already.
+
+    What is outside of the state dict is read: it is small.
+    """
+    done = manifest.report(None)
+    built = _shaped_model(manifest, folder, done, None, dtype)
+    tensors = {name: stand_in(one) if manifest.tensors[name].persistent else one.read() for name, one in stored.items()}
+    _complete(built, manifest, folder, tensors, torch.device("cpu"))
+    object.__setattr__(built, REPORT_ATTRIBUTE, done)
+    return built.eval()
+
+
+def _complete(
+    built: nn.Module, manifest: Manifest, folder: Path, tensors: dict[str, torch.Tensor], place: torch.device
+) -> None:
+    """Give a model of the right shapes its weights and all else that the folder holds."""
+    _put_weights(built, manifest, tensors)
     for name, item in held_tensors(built).items():
         if not item.tensor.is_meta and item.tensor.device != place:  # computed by the class
             replace_tensor(built, name, item.kind, item.tensor.to(place))
     refresh_torch_attributes(built)
     _read_generation_config(built, folder)
     _refuse_meta(built)
-    object.__setattr__(built, REPORT_ATTRIBUTE, done)
-    return built.eval()
 
 
 def _checked_device(device: Any) -> torch.device:
@@ -329,7 +362,12 @@ def _check_shape(key: str, before: torch.Size, after: tuple[int, ...], kind: str
 def _put_weights(model: nn.Module, manifest: Manifest, tensors: dict[str, torch.Tensor]) -> None:
     for name, stored in manifest.tensors.items():
         if stored.kind == "parameter":
-            tensors[name] = nn.Parameter(tensors[name], requires_grad=stored.requires_grad)
+            on_disk = stored_of(tensors[name])
+            tensors[name] = (
+                nn.Parameter(tensors[name], requires_grad=stored.requires_grad)
+                if on_disk is None
+                else stand_in(on_disk, stored.requires_grad)
+            )
     for name, place in held_tensors(model).items():
         source = _stored_name(manifest, name)
         if source in tensors:  # a plain attribute may not have been there when the model was saved
@@ -351,7 +389,8 @@ def _read_generation_config(model: nn.Module, folder: Path) -> None:
 def _refuse_meta(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves(value)):
+            tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+            if any(tensor.is_meta and stored_of(tensor) is None for tensor in tensors):
                 raise GraphPruneError(
                     f"{type(model).__name__}: {path or 'the model'} keeps a tensor in {name!r} that is neither "
                     "parameter nor buffer; its value cannot be restored. Make it a buffer (persistent=False)."

@@ -49,14 +49,21 @@ def load_model(name: str, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
     return _load_pretrained(name, dtype).eval(), _tokenizer(name)
 
 
+def auto_class(config: Any) -> Any:
+    """The first of the Auto classes that knows a model for ``config``, or None."""
+    import transformers
+
+    known = [getattr(transformers, auto) for auto in _AUTO_CLASSES]
+    return next((auto for auto in known if type(config) in auto._model_mapping), None)
+
+
 def _load_pretrained(name: str, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        known = [getattr(transformers, auto) for auto in _AUTO_CLASSES]
-        auto = next((a for a in known if type(config) in a._model_mapping), None)
+        auto = auto_class(config)
         if auto is None:
             raise GraphPruneError(f"{name} is a {type(config).__name__}, for which there is no model class.")
         architecture = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], auto)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,17 @@ INDEX = "model.safetensors.index.json"
 BUFFERS = "graphprune_buffers.safetensors"
 _BLOCK = 2**20
 
+# Writes tensors, by name, as a safetensors file.
+WriteShard = Callable[[dict[str, torch.Tensor], Path], StoredFile]
+
 
 def write_weights(
-    held: dict[str, Held], folder: Path, max_shard_size: int | str
-) -> tuple[dict[str, StoredTensor], dict[str, Tie]]:
+    held: dict[str, Held], folder: Path, max_shard_size: int | str, write_shard: WriteShard | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, Tie], dict[str, StoredFile]]:
     """Write every tensor once, and the index when there are several shards.
 
     Returns:
-        The table of stored tensors, and the other names of those that have several.
+        The table of stored tensors, the other names of those that have several, and the files.
     """
     first: dict[int, str] = {}
     for name, item in held.items():
@@ -37,20 +41,23 @@ def write_weights(
         name: Tie(first[id(item.tensor)], item.kind) for name, item in held.items() if first[id(item.tensor)] != name
     }
     stored = {name: item for name, item in held.items() if name not in ties}
-    _check_stored(stored)
+    if write_shard is None:
+        _check_stored(stored)
     plan = split_torch_state_dict_into_shards(
         {name: item.tensor for name, item in stored.items() if item.persistent}, max_shard_size=max_shard_size
     )
     shards: dict[str, list[str]] = dict(plan.filename_to_tensors)
     if others := [name for name, item in stored.items() if not item.persistent]:
         shards[BUFFERS] = others
-    for file, names in shards.items():
-        _write_shard({name: stored[name].tensor for name in names}, folder / file)
+    files = {
+        file: (write_shard or _write_shard)({name: stored[name].tensor for name in names}, folder / file)
+        for file, names in shards.items()
+    }
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     table = {name: _entry(stored[name], file) for file, names in shards.items() for name in names}
-    return table, ties
+    return table, ties, files
 
 
 def _check_stored(stored: dict[str, Held]) -> None:
@@ -67,7 +74,7 @@ def _entry(item: Held, file: str) -> StoredTensor:
     return StoredTensor(tuple(tensor.shape), dtype, item.kind, item.persistent, tensor.requires_grad, file)
 
 
-def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> StoredFile:
     """safetensors wants contiguous tensors, each with memory of its own."""
     seen: set[int] = set()
     own = {}
@@ -77,6 +84,7 @@ def _write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
         own[name] = own[name].contiguous()
         seen.add(memory)
     save_file(own, path, metadata={"format": "pt"})
+    return fingerprint(path)
 
 
 def fingerprint(path: Path) -> StoredFile:

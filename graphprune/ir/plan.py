@@ -74,7 +74,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text with stable order, so that plans can be compared as text."""
-        data = {
+        return json.dumps(self.to_dict(), indent=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What :meth:`from_dict` reads."""
+        return {
             "format": FORMAT,
             "method": self.method,
             "ratio": self.ratio,
@@ -83,7 +87,6 @@ class Plan:
             "axes": {name: self._axis(name) for name in self.keep},
             "skipped": self.skipped,
         }
-        return json.dumps(data, indent=1)
 
     def _axis(self, name: str) -> dict[str, Any]:
         under = {"under": self.under[name]} if name in self.under else {}

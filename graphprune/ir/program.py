@@ -19,6 +19,7 @@ from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
 from graphprune.trace.quantised import quantised_value
+from graphprune.trace.stored import Stored, stored_of
 
 if TYPE_CHECKING:
     from graphprune.deploy.fields import Fields
@@ -141,6 +142,7 @@ class Program:
     Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
     together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
     ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
+    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in.
     """
 
     model: nn.Module
@@ -169,13 +171,16 @@ class Program:
     new_biases: dict[str, torch.Tensor] = field(default_factory=dict)
     oracle_error: float | None = None
     progress: Callable[[str], None] | None = None
+    spill: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     _selection: tuple[Plan, Selection] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where calibration data runs; weights that are elsewhere come there as they are needed."""
-        chosen = self.options.device
-        return next(self.model.parameters()).device if chosen is None else torch.device(chosen)
+        chosen, first = self.options.device, next(self.model.parameters())
+        if chosen is None and stored_of(first) is not None:
+            return torch.device("cpu")
+        return first.device if chosen is None else torch.device(chosen)
 
     def need(self, name: str) -> Any:
         """A field that an earlier pass must have set."""
@@ -187,10 +192,32 @@ class Program:
     def weight(self, tensor: torch.Tensor) -> torch.Tensor:
         """A parameter or buffer of the model with the value that it is to be pruned with, detached.
 
-        Of a quantised one that is made for this call.
+        Of a quantised one that is made for this call, one on disk is read.
         """
+        stored = self.stored(tensor)
+        if stored is not None:
+            return stored.read()
         quantised = quantised_value(tensor) if id(tensor) not in self.updates else None
         return self.updates.get(id(tensor), tensor).detach() if quantised is None else quantised.dequantize()
+
+    def current(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What :meth:`weight` is the value of: ``tensor`` itself, or what a pass put in its place."""
+        return self.updates.get(id(tensor), tensor)
+
+    def stored(self, tensor: torch.Tensor) -> Stored | None:
+        """Where on disk the value of :meth:`weight` is, None if it is in memory."""
+        return stored_of(self.current(tensor))
+
+    def at_home(self, value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """``value`` in the dtype of a parameter, and where that is; in memory for one on disk."""
+        return value.to("cpu" if stored_of(tensor) is not None else tensor.device, tensor.dtype)
+
+    def put_away(self, name: str, value: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """A new value of the parameter ``tensor``, which is called ``name``: where that is, on disk too."""
+        if stored_of(value) is not None:
+            return value
+        kept = self.at_home(value, tensor)
+        return kept if self.spill is None or stored_of(tensor) is None else self.spill(name, kept)
 
     def consumed(self) -> set[tuple[str, int]]:
         """Every dimension of a parameter that is summed away: (canonical name, dimension)."""

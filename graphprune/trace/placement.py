@@ -1,7 +1,7 @@
 """Run a model on a device that does not hold its weights: each comes when an operator needs it.
 
 What calibration needs on the device is then one block, its activations and what a pass collects, however large the
-model is.
+model is. Weights that are on disk (:mod:`graphprune.trace.stored`) come from there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from graphprune.trace.operators import METADATA, writes_first
+from graphprune.trace.stored import stored_of
 
 
 def placed(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
@@ -59,6 +60,8 @@ class Placed(TorchFunctionMode):
             there = args[0].device  # what it writes to stays the tensor it is
             args = (args[0], *tree_map_only(torch.Tensor, lambda tensor: tensor.to(there), args[1:]))
             return func(*args, **tree_map_only(torch.Tensor, lambda tensor: tensor.to(there), kwargs))
+        if func is nn.functional.embedding:
+            args, kwargs = _only_looked_up(args, kwargs)
         args, kwargs = tree_map_only(torch.Tensor, self._bring, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -79,7 +82,18 @@ class Placed(TorchFunctionMode):
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         self.moved += _bytes(tensor)
-        return tensor.to(self._device)
+        stored = stored_of(tensor)
+        return (tensor if stored is None else stored.read()).to(self._device)
+
+
+def _only_looked_up(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an embedding whose table is on disk, with only those rows of it that are looked up."""
+    stored = stored_of(args[1]) if len(args) == 2 and kwargs.get("max_norm") is None else None
+    if stored is None or stored.whole or not args[0].numel():
+        return args, kwargs
+    rows, places = torch.unique(args[0], return_inverse=True)
+    table = torch.cat([stored.rows(row, row + 1) for row in rows.tolist()])
+    return (places, table.to(args[0].device)), {}  # what else there is only matters to gradients
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphprune.errors import GraphPruneError
 from graphprune.trace.backends import use_portable
+from graphprune.trace.stored import stored_of
 
 Replace = Callable[[torch.Tensor], torch.Tensor]
 QUANTISED = "graphprune_quantised"  # the attribute of a stand-in that holds the quantised weight
@@ -79,7 +80,8 @@ def scratch_copy(model: nn.Module, written: Iterable[str], clone: Replace = torc
             )
         if id(tensor) not in own:
             return tensor
-        cloned = clone(tensor.detach())
+        stored = stored_of(tensor)
+        cloned = clone(tensor.detach()) if stored is None else stored.read()
         return nn.Parameter(cloned, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
 
     copied = copy_structure(model, replace).eval()

@@ -6,8 +6,7 @@ import torch
 
 from graphprune.ir.program import Program
 from graphprune.passes.score.registry import ScoredWeights, Scores, add_positions, criterion, scored_dims
-
-_ROWS = 128
+from graphprune.trace.stored import blocks
 
 
 def _sums(program: Program, order: int) -> Scores:
@@ -15,26 +14,25 @@ def _sums(program: Program, order: int) -> Scores:
     weights = ScoredWeights(program)
     scores: Scores = {}
     for name, found in scored_dims(program).items():
-        weight, dims = weights[name], program.need("axes").tensors[name]
+        weight, dims = weights.in_blocks(name), program.need("axes").tensors[name]
         for dim in found:
             add_positions(scores, program, dims, dim, lambda stay, w=weight: _power_sums(w, stay, order))  # type: ignore[misc]
     return scores
 
 
 def _power_sums(weight: torch.Tensor, stay: set[int], order: int) -> torch.Tensor:
-    """``Σ |w|^order`` over all dimensions but those that ``stay``, at least in float32; the others have size 1 then."""
+    """``Σ |w|^order`` over all dimensions but those that ``stay``, at least in float32; the others have size 1 then.
+
+    A block at a time: that stays in the cache, and the weight may be on disk.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     others = [d for d in range(weight.ndim) if d not in stay]
-    if not others:
-        return weight.to(dtype).abs() ** order
-    if 0 in stay:
-        return torch.linalg.vector_norm(weight, order, others, keepdim=True, dtype=dtype) ** order
-    # A norm down the columns is slow; a few rows at a time stay in the cache.
-    shape = [size if d in stay else 1 for d, size in enumerate(weight.shape)]
-    total = torch.zeros(shape, dtype=dtype, device=weight.device)
-    for rows in weight.split(_ROWS):
-        rows = rows.to(dtype)
-        total += (rows.square() if order == 2 else rows.abs()).sum(others, keepdim=True)
+    device = "cpu" if weight.is_meta else weight.device
+    total = torch.zeros([size if d in stay else 1 for d, size in enumerate(weight.shape)], dtype=dtype, device=device)
+    for place, block in blocks(weight):
+        powers = block.to(dtype).square() if order == 2 else block.to(dtype).abs()
+        where = tuple(part if d in stay else slice(None) for d, part in enumerate(place))
+        total[where] += powers.sum(others, keepdim=True) if others else powers
     return total
 
 

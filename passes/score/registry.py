@@ -74,6 +74,11 @@ class ScoredWeights:
         update = layer.update()
         return weight + (update.T if layer.across else update)
 
+    def in_blocks(self, name: str) -> torch.Tensor:
+        """The same for :func:`graphprune.trace.stored.blocks`: a weight that is on disk stays there."""
+        tensor = self._tensors[name]
+        return self[name] if self._program.stored(tensor) is None else self._program.current(tensor)
+
 
 def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
     """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it.
