@@ -223,7 +223,7 @@ def _write(pruned: nn.Module, tokenizer: Any, partial: Partial, max_shard_size: 
 
     if tokenizer is not None:
         tokenizer.save_pretrained(partial.path)
-    write_folder(pruned, report(pruned), partial.path, max_shard_size, write)
+    write_folder(pruned, report(pruned), partial.path, max_shard_size, write_shard=write)
 
 
 def _tokenizer(source: Path) -> Any:
