@@ -51,7 +51,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[gguf,dev,downstream]'
 	touch $@
 
 $(MODEL): | setup

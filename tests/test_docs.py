@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recovery.words import tiny_model, word_tokenizer
+
+import graphprune
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -24,13 +27,23 @@ def for_recovery() -> dict[str, Any]:
     return {"model": tiny_model(), "tokenizer": word_tokenizer()}
 
 
-WHAT_THE_READER_HAS: dict[str, Callable[[], dict[str, Any]]] = {"recovery": for_recovery}
+def for_serving() -> dict[str, Any]:
+    """The folder ``smaller``, and tokens."""
+    small = graphprune.compile(tiny_model(), 0.2, method="magnitude", deploy="transformers")
+    graphprune.save(small, "smaller")
+    return {"inputs": torch.arange(12).view(2, 6)}
+
+
+WHAT_THE_READER_HAS: dict[str, Callable[[], dict[str, Any]]] = {"recovery": for_recovery, "serving": for_serving}
+NEEDS = {"serving": "torchao"}
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
 def test_a_page_runs(
     page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.stem in NEEDS:
+        pytest.importorskip(NEEDS[page.stem])
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     scope: dict[str, Any] = {"__name__": page.stem}
