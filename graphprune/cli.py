@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_evaluate, cli_knowledge, cli_shear
+from graphprune import cli_evaluate, cli_knowledge, cli_shear, cli_viz
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
     inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
 
+    cli_viz.add_command(commands)
     cli_knowledge.add_command(commands)
     cli_shear.add_commands(commands)
     cli_evaluate.add_commands(commands)

@@ -120,6 +120,15 @@ def report(model: nn.Module) -> Report:
     return found
 
 
+def widths_over_all(report: Report) -> dict[str, tuple[int, int]]:
+    """Pruned axis → (size before the first pruning, size after the last), over all prunings of a model."""
+    found: dict[str, tuple[int, int]] = {}
+    for one in (*report.history, report):
+        for name, (before, after) in one.widths.items():
+            found[name] = (found[name][0] if name in found else before, after)
+    return found
+
+
 def widths_by_block(widths: dict[str, tuple[int, int]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """``widths`` as a table: the axes that occur in a block as columns, and a row of ``1536→1126`` per block."""
     rows: dict[str, dict[str, str]] = {}
