@@ -37,9 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="graph.html, .dot, .svg or .png; written anew"
     )
-    parser.add_argument(
-        "--layer", type=int, metavar="N", help="only block N, unfolded, and the groups it is in"
-    )
+    parser.add_argument("--layer", type=int, metavar="N", help="only block N, unfolded, and the groups it is in")
     parser.add_argument(
         "--group", metavar="NAME", help="only this node group (or those that match, as '*.mlp.*') and its neighbours"
     )

@@ -73,7 +73,7 @@ def _stripes(kept: float) -> str:
 
 def _drawn_edge(source: str, group: str, about: dict[str, Any], colour: str) -> pydot.Edge:
     if "dim" not in about:  # of an operator
-        return pydot.Edge(source, group, style=_quoted("dotted"), arrowhead=_quoted("none"), color=_quoted("#b0a0c0"))
+        return pydot.Edge(group, source, style=_quoted("dotted"), arrowhead=_quoted("none"), color=_quoted("#b0a0c0"))
     style = "dashed" if about["consumes"] else "solid"
     return pydot.Edge(source, group, label=_quoted(f"dim {about['dim']}"), style=style, color=_quoted(colour))
 

@@ -181,7 +181,8 @@ def _fold_tensors(inspection: Inspection, folds: list[Fold], shown: set[str]) ->
             tuple(sorted(set(found))),
             [other for other, first in axes.canonical.items() if first == name and other != name],
         )
-        for name, found in edges.items()
+        for name in axes.tensors
+        if (found := edges.get(name)) is not None
     ]
 
     classes = {path: type(module) for path, module in inspection.program.model.named_modules()}
