@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_evaluate, cli_knowledge, cli_shear, cli_viz
+from graphprune import cli_evaluate, cli_knowledge, cli_report, cli_shear, cli_viz
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_knowledge.add_command(commands)
     cli_shear.add_commands(commands)
     cli_evaluate.add_commands(commands)
+    cli_report.add_command(commands)
     return parser
 
 

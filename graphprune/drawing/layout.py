@@ -30,10 +30,10 @@ class Sizes:
 
 
 WIDE = Sizes(
-    tensor=300, group=330, operator=300, between=150, tensor_height=46, group_height=88, operator_height=46, indent=10
+    tensor=300, group=330, operator=300, between=150, tensor_height=46, group_height=100, operator_height=46, indent=10
 )
 NARROW = Sizes(
-    tensor=168, group=158, operator=158, between=34, tensor_height=60, group_height=116, operator_height=62, indent=4
+    tensor=168, group=158, operator=158, between=34, tensor_height=60, group_height=128, operator_height=62, indent=4
 )
 
 

@@ -24,6 +24,9 @@
   const times = node => node.times > 1 ? ` ×${node.times}` : "";
   const number = value => value.toLocaleString("en");
 
+  // A name that may break where it is made of parts.
+  const breakable = name => name.split(/(?<=[._])/).flatMap((part, n) => n ? [make("wbr"), part] : [part]);
+
   function bar(share) {
     const inside = make("span");
     inside.style.width = `${100 * share}%`;
@@ -36,7 +39,7 @@
     const made = make("button", { type: "button", class: `node ${node.side} ${node.look}`, "data-id": id, tabindex: -1,
       "aria-label": label, title: node.name, onclick: () => choose(id), onfocus: () => settle(id) },
       node.path ? make("i", {}, node.path) : "",
-      make("b", {}, node.short, make("span", { class: "times" }, times(node))),
+      make("b", {}, ...breakable(node.short), make("span", { class: "times" }, times(node))),
       ...node.lines.map(line => make("em", {}, line)));
     if (node.share !== undefined && node.share !== null) made.append(bar(node.share));
     return made;
@@ -89,10 +92,12 @@
     view.scrollTop = middle[1] * scale / before - view.clientHeight / 2;
   }
 
+  function room() {
+    return (view.clientWidth - parseFloat(getComputedStyle(view).paddingLeft) * 2) / places.size[0];
+  }
+
   function fit() {
-    const pad = parseFloat(getComputedStyle(view).paddingLeft) * 2;
-    const room = (view.clientWidth - pad) / places.size[0];
-    zoom(narrow.matches ? Math.min(1.15, Math.max(0.85, room)) : Math.min(1.25, Math.max(0.6, room)));
+    zoom(narrow.matches ? Math.min(1.15, Math.max(0.85, room())) : Math.min(1.25, Math.max(0.6, room())));
     view.scrollTo(0, 0);
   }
 
@@ -123,7 +128,10 @@
     chosen = id;
     mark();
     panel.replaceChildren(...say(id));
-    panel.hidden = false;
+    if (panel.hidden) {
+      panel.hidden = false;
+      if (!narrow.matches) zoom(Math.min(scale, Math.max(0.6, room())));
+    }
     panel.scrollTop = 0;
     panel.querySelector("h2").focus({ preventScroll: true });
     buttons.get(id).scrollIntoView({ block: "nearest", inline: "nearest" });
@@ -141,7 +149,7 @@
 
   function link(id, text) {
     return make("button", { type: "button", class: "link", onclick: () => { settle(id); choose(id); } },
-      text ?? data.nodes[id].name + times(data.nodes[id]));
+      ...breakable(text ?? data.nodes[id].name + times(data.nodes[id])));
   }
   const list = items => make("ul", {}, ...items.map(item => make("li", {}, ...item)));
   const small = text => make("small", {}, text);
@@ -150,7 +158,7 @@
     const node = data.nodes[id];
     const parts = [
       make("button", { type: "button", class: "close", "aria-label": "Close details", onclick: close }, "✕"),
-      make("h2", { tabindex: -1 }, node.name + times(node)),
+      make("h2", { tabindex: -1 }, ...breakable(node.name + times(node))),
     ];
     const section = (title, ...content) => parts.push(make("h3", {}, title), ...content);
     if (node.side === "group") group(id, node, parts, section);
@@ -163,12 +171,13 @@
   }
 
   function group(id, node, parts, section) {
-    parts.push(make("p", {}, make("span", { class: `badge ${node.look}` }, node.kind), " ", node.lines[0]));
+    parts.push(make("p", {}, make("span", { class: `badge ${node.look}` }, node.kind), " ",
+      node.lines[0].replace(`, ${node.kind}`, "")));
     if (node.reason) section("Why it is left alone", make("p", {}, node.reason));
     section("Removal structures", make("p", {}, `${node.structures}${node.times > 1 ? " in each block" : ""}, ` +
       `${number(node.slices)} ${node.slices === 1 ? "slice" : "slices"} each`));
     if (node.kept.length) section("Kept", list(node.kept.map(([name, before, after]) => [make("div", { class: "layer" },
-      make("span", {}, name), bar(after / before), make("span", {}, `${number(before)} → ${number(after)}`))])));
+      make("span", {}, ...breakable(name)), bar(after / before), make("span", {}, `${number(before)} → ${number(after)}`))])));
     const members = data.edges.filter(([a, b, dim]) => b === id && dim !== null);
     section("Parameters", list(members.map(([tensor, , dim, consumes]) => [link(tensor),
       small(`dimension ${dim} of ${data.nodes[tensor].lines[0]}, ${consumes ? "summed away" : "produced"}`)])));

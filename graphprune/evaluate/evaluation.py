@@ -18,6 +18,7 @@ from graphprune.evaluate.perplexity import perplexity
 from graphprune.evaluate.size import checkpoint_bytes, parameter_bytes
 from graphprune.evaluate.tasks import Scores, Tasks, average
 from graphprune.evaluate.timing import Latency, latency
+from graphprune.io.checked_json import of_kind, take
 from graphprune.trace.inputs import example_inputs_for, normalise
 
 
@@ -57,6 +58,28 @@ class Evaluation:
             "latency": [one.to_dict() for one in self.latency],
         }
         return _finite(plain)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> Evaluation:
+        """Read what :meth:`to_dict` made. Raises :class:`GraphPruneError`, naming ``where``, for anything else."""
+        of_kind(data, dict, where)
+        counts = {name: take(data, name, int, where) for name in ("parameters", "parameter_bytes", "macs")}
+        optional = {name: of_kind(data.get(name), (int, type(None)), where) for name in _OPTIONAL}
+        tasks = of_kind(data.get("tasks", {}), dict, where)
+        try:
+            return cls(
+                **counts,
+                **optional,
+                perplexity={int(length): float(value) for length, value in data.get("perplexity", {}).items()},
+                tasks={task: {key: float(value) for key, value in found.items()} for task, found in tasks.items()},
+                latency=[Latency(**{name: one[name] for name in _LATENCY}) for one in data.get("latency", [])],
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise GraphPruneError(f"{where} is damaged: {type(error).__name__}: {error}.") from None
+
+
+_OPTIONAL = ("checkpoint_bytes", "peak_memory_bytes")
+_LATENCY = ("batch", "prompt", "prefill_ms", "decode_ms")
 
 
 def _finite(data: Any) -> Any:
