@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
-from graphprune.evaluate.evaluation import Evaluation
+from graphprune.evaluate.evaluation import Evaluation, finite
 from graphprune.io.checked_json import read_json
 from graphprune.io.manifest import MANIFEST, read_manifest
 from graphprune.io.report_json import report_to_data
@@ -51,7 +51,7 @@ class Findings:
             "versions": self.versions,
             "reports": [_without_indices(report) for report in self.reports],
             "widths": {name: list(pair) for name, pair in self.widths.items()},
-            "stages": [asdict(stage) for stage in self.stages],
+            "stages": finite([asdict(stage) for stage in self.stages]),
             "evaluations": {name: one.to_dict() for name, one in self.evaluations.items()},
             "knowledge": None if self.knowledge is None else self.knowledge.to_dict(),
         }

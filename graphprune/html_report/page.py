@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
+import statistics
 from collections.abc import Iterator
 
-from graphprune.folding import by_key, starred
-from graphprune.html_report.blocks import by_block
+from graphprune.folding import by_block, by_key, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import changes, evaluation, fields, skipped, stage_table, timings
@@ -103,9 +104,10 @@ def _stage(stage: Stage) -> str:
 
 def _knowledge(knowledge: Knowledge) -> str:
     """A chart for groups that differ only in their block's number, and one for all others."""
-    dense = f"{MEASURES[knowledge.measure]} above the dense model's, when the group alone is masked"
-    parts = []
-    alone = []
+    above = f"{MEASURES[knowledge.measure]} above the dense model's, when the group alone is masked"
+    rises = [abs(rise) for group in knowledge.groups for rise in knowledge.shown(group) if rise]
+    typical = statistics.median(rises) if rises else 1.0  # linear up to there, logarithmic beyond
+    parts, alone = [], []
     for alike in by_key(knowledge.groups, lambda group: starred(group.name)):
         if len(alike) == 1:
             alone += alike
@@ -115,7 +117,8 @@ def _knowledge(knowledge: Knowledge) -> str:
             f"{ratio:.0%} masked": [(n, one[place]) for n, one in enumerate(shown)]
             for place, ratio in enumerate(knowledge.ratios)
         }
-        parts += [f"<h3>{html.escape(starred(alike[0].name))}</h3>", lines(series, across="block", up=dense)]
+        chart = lines(series, across="block", up=above, linear_to=typical if math.isfinite(typical) else 1.0)
+        parts += [f"<h3>{html.escape(starred(alike[0].name))}</h3>", chart]
     if alone:
         rows = [[group.name, *(f"{rise:,.4g}" for rise in knowledge.shown(group))] for group in alone]
         head = ["node group", *(f"+ at {ratio:.0%}" for ratio in knowledge.ratios)]

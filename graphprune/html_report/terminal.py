@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphprune.html_report.blocks import by_block
+from graphprune.folding import by_block
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import changes, evaluation, fields, skipped, stage_table, timings
 
