@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_card, cli_evaluate, cli_knowledge, cli_shear, cli_stream
+from graphprune import cli_card, cli_evaluate, cli_knowledge, cli_report, cli_shear, cli_stream, cli_viz
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -102,9 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")
     inspect.add_argument("--experts", action="store_true", help="count whole experts of mixtures as prunable")
 
+    cli_viz.add_command(commands)
     cli_knowledge.add_command(commands)
     cli_shear.add_commands(commands)
     cli_evaluate.add_commands(commands)
+    cli_report.add_command(commands)
     cli_card.add_command(commands)
     return parser
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from graphprune.ir.program import NodeGroup
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
+_BLOCK = re.compile(r"(.*?\d+)\.(.*)")  # up to the first number of the path is a block
 _T = TypeVar("_T")
 
 
@@ -24,6 +25,21 @@ def by_key(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]
     for item in items:
         found.setdefault(key(item), []).append(item)
     return list(found.values())
+
+
+def by_block(values: Mapping[str, _T]) -> tuple[list[str], list[tuple[str, list[_T | None]]]]:
+    """Numbered blocks as a table: what they have as columns, and rows of a block and its value in every column.
+
+    What is in no block is in a row named ``""``.
+    """
+    rows: dict[str, dict[str, _T]] = {}
+    columns: dict[str, None] = {}
+    for name, value in values.items():
+        found = _BLOCK.match(name)
+        block, axis = (found[1], found[2]) if found else ("", name)
+        columns[axis] = None
+        rows.setdefault(block, {})[axis] = value
+    return list(columns), [(block, [cells.get(c) for c in columns]) for block, cells in rows.items()]
 
 
 def common_name(names: list[str]) -> str:

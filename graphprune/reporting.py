@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
+from graphprune.folding import by_block
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
 from graphprune.trace.provenance import Attribute
 
 REPORT_ATTRIBUTE = "_graphprune_report"
-_BLOCK = re.compile(r"(.*?\d+)\.(.*)")  # up to the first number of the path is a block
 
 
 @dataclass
@@ -151,13 +151,16 @@ def report(model: nn.Module) -> Report:
     return found
 
 
+def widths_over_all(report: Report) -> dict[str, tuple[int, int]]:
+    """Pruned axis → (size before the first pruning, size after the last), over all prunings of a model."""
+    found: dict[str, tuple[int, int]] = {}
+    for one in (*report.history, report):
+        for name, (before, after) in one.widths.items():
+            found[name] = (found[name][0] if name in found else before, after)
+    return found
+
+
 def widths_by_block(widths: dict[str, tuple[int, int]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """``widths`` as a table: the axes that occur in a block as columns, and a row of ``1536→1126`` per block."""
-    rows: dict[str, dict[str, str]] = {}
-    columns: dict[str, None] = {}
-    for name, (before, after) in widths.items():
-        found = _BLOCK.match(name)
-        block, axis = (found[1], found[2]) if found else ("", name)
-        columns[axis] = None
-        rows.setdefault(block, {})[axis] = f"{before}→{after}"
-    return list(columns), [(block, [cells.get(c, "") for c in columns]) for block, cells in rows.items()]
+    columns, rows = by_block({name: f"{before}→{after}" for name, (before, after) in widths.items()})
+    return columns, [(block, [cell or "" for cell in cells]) for block, cells in rows]

@@ -57,7 +57,7 @@ class Evaluation:
             "task_average": self.task_average,
             "latency": [one.to_dict() for one in self.latency],
         }
-        return _finite(plain)
+        return finite(plain)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "The evaluation") -> Evaluation:
@@ -100,11 +100,12 @@ def _latency(data: dict[str, Any], where: str) -> Latency:
     )
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """``data`` for JSON: what is not finite as text."""
     if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
 
 

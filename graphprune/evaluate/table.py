@@ -21,6 +21,14 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> Any:
         table.add_column(name, justify="right", overflow="fold")
         if number:
             table.add_column("change", justify="right")
+    for title, cells in compared(evaluations):
+        table.add_row(title, *cells)
+    return table
+
+
+def compared(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, list[str]]]:
+    """The rows of that table as text: a title, and the value of every model with its change after the first."""
+    rows = []
     columns = [dict(rows_of(evaluation)) for evaluation in evaluations.values()]
     for title in dict.fromkeys(title for column in columns for title in column):
         cells = []
@@ -29,8 +37,8 @@ def comparison(evaluations: Mapping[str, Evaluation]) -> Any:
             cells.append(text)
             if number:
                 cells.append(_change(columns[0].get(title, ("", None))[1], value))
-        table.add_row(title, *cells)
-    return table
+        rows.append((title, cells))
+    return rows
 
 
 def rows_of(one: Evaluation) -> Iterator[tuple[str, tuple[str, float | None]]]:

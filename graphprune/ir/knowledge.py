@@ -78,9 +78,9 @@ class Knowledge:
         by_deviation = sorted(self.groups, key=lambda group: -sum(self.deviations(group)))
         return by_deviation[: max(1, round(gamma * len(self.groups)))]
 
-    def to_json(self) -> str:
-        """As JSON text; what is not finite is null."""
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; what is not finite is None."""
+        return {
             "format": FORMAT,
             "ratios": list(self.ratios),
             "measure": self.measure,
@@ -99,7 +99,10 @@ class Knowledge:
             ],
             "left_out": self.left_out,
         }
-        return json.dumps(data, indent=1, allow_nan=False)
+
+    def to_json(self) -> str:
+        """As JSON text; what is not finite is null."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Knowledge:

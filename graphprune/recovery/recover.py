@@ -33,7 +33,7 @@ from graphprune.trace.quiet import REFUSALS
 from graphprune.trace.skeleton import frozen_copy
 
 STAGES = ("pretraining", "instruct")
-_ADAPTER, _DONE = "adapter.safetensors", "stage.json"
+_ADAPTER, DONE = "adapter.safetensors", "stage.json"
 
 
 @dataclass
@@ -217,8 +217,8 @@ class _Run:
     def stage(self, name: str, adapted: nn.Module, corpora: list[Corpus], dense: nn.Module | None) -> Stage:
         """Train through a stage, or what is left of it; the adapters of its best round are in a file then."""
         folder = self.folder / name
-        if (folder / _DONE).exists():
-            return _read_stage(folder / _DONE)
+        if (folder / DONE).exists():
+            return read_stage(folder / DONE)
         before = None if dense is None else self._losses(folder / "dense.json", f"{name}: full model", dense, corpora)
         start = self._losses(folder / "start.json", f"{name}: before", adapted, corpora)
         trainer = RecoveryTrainer(
@@ -239,7 +239,7 @@ class _Run:
             if stage.best:
                 best = folder / Path(str(trainer.state.best_model_checkpoint)).name
                 _copy(best / "adapter_model.safetensors", folder / _ADAPTER)
-            replace_file(folder / _DONE, json.dumps(asdict(stage)))
+            replace_file(folder / DONE, json.dumps(asdict(stage)))
         trainer.accelerator.wait_for_everyone()
         return stage
 
@@ -271,9 +271,13 @@ def _stage(name: str, trainer: RecoveryTrainer, dense: dict[str, float] | None, 
     return stage
 
 
-def _read_stage(path: Path) -> Stage:
+def read_stage(path: Path) -> Stage:
+    """A stage that is done. Raises :class:`GraphPruneError` for a file that is no such."""
     held, where = read_json(path), str(path)
-    rounds = [Round(take(one, "weights", dict, where), take(one, "losses", dict, where)) for one in held["rounds"]]
+    rounds = [
+        Round(take(one, "weights", dict, where), take(one, "losses", dict, where))
+        for one in take(held, "rounds", list, where)
+    ]
     steps = [(int(number), float(loss)) for number, loss in take(held, "steps", list, where)]
     start, best = take(held, "start", dict, where), take(held, "best", int, where)
     return Stage(take(held, "name", str, where), held.get("dense"), start, rounds, steps, best)

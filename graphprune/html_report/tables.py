@@ -1,0 +1,69 @@
+"""What the page and the terminal say alike, as rows of text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from graphprune.evaluate.evaluation import Evaluation
+from graphprune.evaluate.table import compared
+from graphprune.folding import starred
+from graphprune.recovery.recover import Stage
+from graphprune.reporting import Report
+
+
+def changes(reports: Sequence[Report]) -> list[list[str]]:
+    """Parameters and bytes before the first pruning and after the last."""
+    first, last = reports[0], reports[-1]
+    pairs = {
+        "parameters": (first.parameters_before, last.parameters_after),
+        "bytes": (first.bytes_before, last.bytes_after),
+    }
+    return [[name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.2%}"] for name, (a, b) in pairs.items()]
+
+
+def fields(report: Report) -> list[list[str]]:
+    """Fields of the config that changed."""
+    changed = report.fields or {}
+    return [[name, "" if before is None else f"{before:,}", f"{after:,}"] for name, (before, after) in changed.items()]
+
+
+def skipped(reports: Sequence[Report]) -> list[list[str]]:
+    """What the last pruning left alone and why, those that differ in their block's number once."""
+    found = Counter(
+        (starred(name), starred(reason)) for name, reason in (reports[-1].skipped if reports else {}).items()
+    )
+    return [[f"{name}  ×{count}" if count > 1 else name, reason] for (name, reason), count in found.items()]
+
+
+def timings(reports: Sequence[Report]) -> list[list[str]]:
+    """Seconds of every pass of the last pruning, the longest first, and of all of it."""
+    if not reports:
+        return []
+    longest = sorted(reports[-1].seconds.items(), key=lambda item: -item[1])
+    return [[name, f"{seconds:.2f}"] for name, seconds in [*longest, ("in all", reports[-1].total_seconds)]]
+
+
+def evaluation(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: every model, and the change of all after the first."""
+    head = [""]
+    for number, name in enumerate(evaluations):
+        head += [name, "change"] if number else [name]
+    return head, [[title, *cells] for title, cells in compared(evaluations)]
+
+
+def stage_table(stage: Stage) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the validation loss of every source after every round, with its share of the round."""
+    rows = [["before", *_losses(stage.start)]]
+    for number, one in enumerate(stage.rounds, 1):
+        kept = " (kept)" if number == stage.best else ""
+        rows.append([f"round {number}{kept}", *_losses(one.losses, one.weights)])
+    if stage.dense is not None:
+        rows.append(["full model", *_losses(stage.dense)])
+    return ["", *stage.start, "mean"], rows
+
+
+def _losses(losses: Mapping[str, float], weights: Mapping[str, float] | None = None) -> list[str]:
+    shares = {name: f" ({weight:.0%})" for name, weight in (weights or {}).items()}
+    found = [f"{loss:.4f}{shares.get(name, '')}" for name, loss in losses.items()]
+    return [*found, f"{sum(losses.values()) / len(losses):.4f}"]
