@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import check_shown, run_page
 from recovery.words import tiny_model, word_tokenizer
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -34,12 +34,5 @@ def test_a_page_runs(
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     scope: dict[str, Any] = {"__name__": page.stem}
-    scope |= WHAT_THE_READER_HAS.get(page.stem, dict)()
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(code, str(page), "exec"), scope)
-    printed = capsys.readouterr().out
-    for shown in re.findall(r"```text\n(.*?)```", text, re.DOTALL):
-        for line in shown.strip().splitlines():
-            # A line number belongs to the reader's file.
-            said = re.escape(line).replace(r"model\.py:20", r"\S+")
-            assert re.search(said, printed), line
+    run_page(text, str(page), scope | WHAT_THE_READER_HAS.get(page.stem, dict)())
+    check_shown(text, capsys.readouterr().out)
