@@ -45,4 +45,3 @@ def check_shown(text: str, printed: str, *, numbers: bool = True) -> None:
 
 def _without_numbers(line: str) -> str:
     return r"[\d.,e+-]+".join(re.escape(piece) for piece in _NUMBER.split(line))
-

@@ -3,7 +3,8 @@
     python tools/bench_import.py [--repeats 5]
 
 Every import is a process of its own, and they take turns. Python's own start is in all of them and is taken off.
-``compile`` is what the first call of :func:`graphprune.compile` needs imported; the package itself imports nothing of it.
+``compile`` is what the first call of :func:`graphprune.compile` needs imported; the package itself imports nothing of
+it.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def by_returns(rounds: Sequence[Losses], dense: Losses, floor: float) -> list[We
     """Of every round: ``floor`` spread evenly, and the rest by what the next row of a source is expected to give back.
 
     ``rounds`` are the losses before the first round and after each since. What a source has lost, g, is taken to fall
-    as exp(−k·n) with the rows n that it was given, so that the next row gives back k·g: a source that has lost most gets
-    little when its rows do not bring it back. Before anything is known of k, sources share by what they have lost.
+    as exp(−k·n) with the rows n that it was given, so that the next row gives back k·g: a source that has lost most
+    gets little when its rows do not bring it back. Before anything is known of k, sources share by what they have lost.
     """
     lost = [{name: max(0.0, loss - dense[name]) for name, loss in losses.items()} for losses in rounds]
     weights = [by_degradation(rounds[0], dense, floor)]
