@@ -42,7 +42,8 @@ class Lhspg:
             ``"prior"``, what the passes before this one say: their plan if they made one (what it keeps is salient),
             or else their scores.
         decay: λ of the moving average of the Taylor criteria.
-        adapters: LoRA that a model without any gets. training: how it trains.
+        adapters: LoRA that a model without any gets.
+        training: how it trains.
     """
 
     warmup_steps: int = 5

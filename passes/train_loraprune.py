@@ -23,7 +23,8 @@ class LoraPrune:
         every: steps between two masks.
         decay: λ of the moving average of the scores (Eq. 11).
         warmup, cooldown: shares of the steps before the first mask and after the last.
-        adapters: LoRA that a model without any gets. training: how it trains.
+        adapters: LoRA that a model without any gets.
+        training: how it trains.
     """
 
     steps: int = 100

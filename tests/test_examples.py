@@ -9,17 +9,15 @@ import runpy
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from documents import SMOLLM2, save_reader
+
+from graphprune.passes.score.registry import _CRITERIA
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SMOLLM2 = ROOT / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = "MODEL"  # stands for a model in the arguments below
 
 # Script → arguments that make it quick, and what it prints.
@@ -42,22 +40,15 @@ SLOW = {  # with the arguments of their docstrings
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that knows the words of the two texts."""
     folder = tmp_path_factory.mktemp("examples") / "model"
-    texts = " ".join((EXAMPLES / name).read_text("utf-8") for name in ("alice.txt", "oz.txt"))
-    words = dict.fromkeys(["<unk>", "<end>", *re.findall(r"\w+|[^\w\s]+", texts)])
-    tokens = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=len(words), **sizes)).save_pretrained(folder)
+    save_reader(folder)
     return folder
 
 
 def run(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    with patch.dict(_CRITERIA):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
 def test_every_example_is_here_and_explained() -> None:
@@ -88,7 +79,7 @@ def test_an_example_runs_on_smollm2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, said = SLOW[name]
-    run(name, [str(SMOLLM2), *arguments], monkeypatch)
+    run(name, [str(ROOT / SMOLLM2), *arguments], monkeypatch)
     assert re.search(said, capsys.readouterr().out)
 
 
@@ -135,5 +126,5 @@ def test_the_notebook_runs(
 @pytest.mark.slow
 def test_the_notebook_runs_on_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    scope = run_notebook(SMOLLM2)
+    scope = run_notebook(ROOT / SMOLLM2)
     assert scope["after"] < 5 * scope["before"]

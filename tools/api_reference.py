@@ -182,9 +182,10 @@ def _names() -> list[str]:
     for title, table in tables:
         what = "Criteria, each a method by itself:" if table is _CRITERIA else "Allocations:"
         lines += ["", what, "", f"| `{title}` | |", "|---|---|"]
-        for name in sorted(table):
+        for name in sorted(name for name, one in table.items() if one.__module__.startswith("graphprune.")):
             first = markdown((inspect.getdoc(table[name]) or "").partition("\n\n")[0]).replace("\n", " ")
-            lines.append(f"| `{name}` | {first.replace('|', '&#124;')} |")
+            escaped = first.replace("|", "\\|")
+            lines.append(f"| `{name}` | {escaped} |")
     return lines
 
 

@@ -53,8 +53,10 @@ def peak_memory_of(name: str, *, batch: int = 1, prompt: int = 128, dtype: torch
     Python and its libraries (some 500 MB) are in it.
 
     Args:
-        name: what :func:`graphprune.io.models.load_model` takes. dtype: of the weights; as stored by default.
-        batch: rows of the prompt. prompt: tokens in each.
+        name: what :func:`graphprune.io.models.load_model` takes.
+        dtype: of the weights; as stored by default.
+        batch: rows of the prompt.
+        prompt: tokens in each.
 
     Raises:
         GraphPruneError: when the model cannot be loaded or is no causal language model, when it does not fit into
