@@ -7,7 +7,7 @@ OUT ?= out/smollm2-pruned
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow fuzz lint coverage bench quality setup clean
+.PHONY: demo test test-slow fuzz lint api coverage bench quality setup clean
 
 demo: setup $(MODEL)
 	rm -rf $(OUT)
@@ -29,6 +29,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# After a docstring has changed.
+api: setup
+	$(BIN)/python tools/api_reference.py -o docs/api.md
 
 coverage: setup
 	$(BIN)/pip install -q --disable-pip-version-check pillow

@@ -297,9 +297,17 @@ def inspect(
 ) -> Inspection:
     """What hangs together in ``model``: its node groups, what they tie, what is pinned, and why. Nothing is changed.
 
-    ``print`` it to read it. The options are those of :func:`compile`.
+    ``print`` it to read it.
 
-    Raises :class:`GraphPruneError` when the model cannot be traced.
+    Args:
+        model: any module, also one without weights, on the meta device.
+        example_inputs, inner_axes, width, experts, emit: as for :func:`compile`: what is prunable depends on them.
+
+    Returns:
+        The :class:`graphprune.inspection.Inspection`.
+
+    Raises:
+        GraphPruneError: when the model cannot be traced, or has no parameters.
     """
     _check_model(model)
     if is_dispatched(model):

@@ -44,13 +44,19 @@ def knowledge(
 
     Args:
         ratios, cache, devices: see :func:`graphprune.passes.analyze_knowledge.analyze_knowledge`.
-        data, samples, length: the evaluation set, ``samples`` rows of it; its forms and all other arguments are those
-            of :func:`graphprune.compile`.
+        model: any module that data can run through.
+        data, tokenizer, samples, length, seed: the evaluation set, ``samples`` rows of ``length`` tokens, in any form
+            that :func:`graphprune.compile` takes; by default made as there.
+        example_inputs, include, exclude, inner_axes: as for :func:`graphprune.compile`: which groups there are.
         progress: called with the name of every pass that starts, and with how many groups are done and the seconds
             left.
 
+    Returns:
+        What was measured: losses in nats per token for a language model (:class:`graphprune.Knowledge`).
+
     Raises:
-        GraphPruneError: for anything the user can act on.
+        GraphPruneError: for arguments out of range, data that the model cannot run, a loss that is not finite, and a
+            model without weights.
     """
     _check_model(model)
     options = Options(

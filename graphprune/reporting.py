@@ -33,7 +33,8 @@ class Report:
         skipped: axis → why it was left alone.
         widths: pruned axis → (size before, size after).
         attributes: integer attribute → new value, over all prunings so far.
-        seconds: pass → seconds. total_seconds: of the whole call.
+        seconds: pass → seconds.
+        total_seconds: of the whole call.
         history: the reports of earlier prunings of the same model, oldest first.
         base_config: the Hugging Face config before the first pruning, or None.
         new_biases: linear layers that got a bias, by their paths, over all prunings so far.

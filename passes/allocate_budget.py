@@ -29,7 +29,11 @@ _BLOCK = re.compile(r"(.*?)(?:^|\.)(\d+)(?=\.|$)")  # up to the first number of 
 
 
 def allocation(name: str) -> Callable[[Allocation], Allocation]:
-    """Register a function ``Program → keys`` under a name for ``allocation=``."""
+    """Register a function ``Program → keys`` under a ``name`` for ``allocation=``.
+
+    Keys are name of a group → float64 of shape ``(how many may go,)``, never falling: the key of the first of its
+    structures to go, of the second, and so on. The smallest of all groups go first.
+    """
 
     def register(function: Allocation) -> Allocation:
         _ALLOCATIONS[name] = function
@@ -46,7 +50,11 @@ def allocation_names() -> list[str]:
 def allocate_budget(default: str, criterion: str | None = None) -> Pass:
     """A pass that decides how many structures of each group go, by ``allocation=`` or else by ``default``.
 
-    An allocation that compares scores takes those of ``criterion`` where no pass before made any.
+    An allocation that compares scores takes those of ``criterion`` where no pass before made any. ``program.counts`` is
+    then name of a group → number of structures, so that ``ratio`` of all parameters goes, to within one structure.
+
+    Running it raises :class:`GraphPruneError` for an unknown allocation, patterns that match nothing, and a ratio that
+    cannot be reached.
     """
 
     def run(program: Program) -> None:

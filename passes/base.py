@@ -16,7 +16,7 @@ from graphprune.trace.quiet import collected_later
 
 @dataclass(frozen=True)
 class Pass:
-    """One compiler pass.
+    """One compiler pass: a function ``run`` on a :class:`Program` and a ``name`` to report it by.
 
     ``requires`` and ``ensures`` are names of :class:`Program` fields: all required ones are set before ``run``, all
     ensured ones after it. One of ``analysis`` makes many small objects that stay, and none that is large: Python's
@@ -38,7 +38,10 @@ class Pass:
 def compiler_pass(
     *, requires: Sequence[str] = (), ensures: Sequence[str] = (), analysis: bool = False
 ) -> Callable[..., Pass]:
-    """Make a pass of a function; its name is the function's."""
+    """Make a pass of a function; its name is the function's.
+
+    ``requires``, ``ensures`` and ``analysis`` are those of :class:`Pass`.
+    """
 
     def make(function: Callable[[Program], None]) -> Pass:
         return Pass(function.__name__, function, tuple(requires), tuple(ensures), analysis)
@@ -47,7 +50,7 @@ def compiler_pass(
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> dict[str, float]:
-    """Run passes in order; returns the seconds each took.
+    """Run ``passes`` on ``program`` in order; returns the seconds each took.
 
     Raises :class:`GraphPruneError` naming the pass, and those before it, when one lacks what it requires or does not
     give what it ensures. Errors of the user pass through as they are; any other error is a bug and says where.

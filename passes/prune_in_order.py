@@ -35,7 +35,10 @@ from graphprune.trace.skeleton import names, scratch_copy
 def prune_by_obs(
     *, damping: float = 0.1, longest: float = 1.0, group: int | None = None, grouped_cholesky: bool = True
 ) -> Pass:
-    """A pass that removes ``counts`` structures of every group, the cheapest ones, and lets the rest adapt (SlimGPT).
+    """A pass that removes ``counts`` structures of every group, the cheapest ones, and lets the rest adapt.
+
+    SlimGPT (arXiv 2412.18110): columns cost their Optimal Brain Surgeon error (Eq. 3 and 4), blocks of several what a
+    grouped Cholesky factorisation gives (Eq. 5).
 
     Args:
         damping: share of the mean of the Hessian's diagonal that is added to it (the paper's is 0.01).

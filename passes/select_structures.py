@@ -14,7 +14,10 @@ from graphprune.passes.budget import ParameterCounter
 
 @compiler_pass(requires=("scores", "counts"), ensures=("plan",), analysis=True)
 def select_structures(program: Program) -> None:
-    """Remove the ``counts`` structures of the smallest score of every group; ties keep the order of the model."""
+    """Remove the ``counts`` structures of the smallest score of every group of ``program``.
+
+    Ties keep the order of the model. Scores have shape ``(size,)``, those of a ragged axis ``(outer size, size)``.
+    """
     counts, scores = program.need("counts"), program.need("scores")
     make_plan(program, {name: in_order(scores[name])[1][..., :count] for name, count in counts.items()})
 
@@ -30,7 +33,11 @@ def in_order(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def make_plan(program: Program, removed: dict[str, torch.Tensor]) -> None:
-    """Give the program the plan that removes these indices, int64 of shape ``(count,)`` or ``(outer size, count)``."""
+    """Give the program the plan that removes these indices.
+
+    ``removed`` has name of a group → int64 of shape ``(count,)`` or, for a ragged axis, ``(outer size, count)``, each
+    index once. Groups that are not in it are kept whole.
+    """
     options = program.options
     kept: dict[str, torch.Tensor] = {}
     sizes, under = {}, {}

@@ -27,7 +27,7 @@ CRITERIA = ("magnitude", "average-magnitude", "cosine", "taylor-first", "taylor-
 
 @dataclass(frozen=True)
 class Lhspg:
-    """The settings of LHSPG, by the names of the paper.
+    """The settings of LHSPG, by the names of the paper (LoRAShear, arXiv 2310.18356, Alg. 4).
 
     Attributes:
         warmup_steps: ``T_w``, steps before the first structures are chosen.
@@ -42,7 +42,8 @@ class Lhspg:
             ``"prior"``, what the passes before this one say: their plan if they made one (what it keeps is salient),
             or else their scores.
         decay: λ of the moving average of the Taylor criteria.
-        adapters: LoRA that a model without any gets. training: how it trains.
+        adapters: LoRA that a model without any gets.
+        training: how it trains.
     """
 
     warmup_steps: int = 5
@@ -267,7 +268,8 @@ def _prior(program: Program) -> dict[str, torch.Tensor] | None:
 def train_lhspg(config: Lhspg | None = None) -> Pass:
     """A pass that removes ``counts`` structures of every group: they fade period by period while the adapters train.
 
-    When it ends exactly these structures are zero, so erasing them changes nothing.
+    LHSPG of LoRAShear (arXiv 2310.18356, Alg. 4, which public copies lack; see this module); ``config`` has its
+    settings. When it ends exactly these structures are zero, so erasing them changes nothing.
     """
     config = config or Lhspg()
 

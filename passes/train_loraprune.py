@@ -16,14 +16,15 @@ from graphprune.passes.train_adapters import Training, train
 
 @dataclass(frozen=True)
 class LoraPrune:
-    """The settings of LoRAPrune, by the names of the paper and its code.
+    """The settings of LoRAPrune (arXiv 2305.18403), by the names of the paper and its code.
 
     Attributes:
         steps: steps of the optimizer, one batch each.
         every: steps between two masks.
         decay: λ of the moving average of the scores (Eq. 11).
         warmup, cooldown: shares of the steps before the first mask and after the last.
-        adapters: LoRA that a model without any gets. training: how it trains.
+        adapters: LoRA that a model without any gets.
+        training: how it trains.
     """
 
     steps: int = 100
@@ -76,6 +77,8 @@ class _Masks:
 
 def train_loraprune(config: LoraPrune | None = None) -> Pass:
     """A pass that removes ``counts`` structures of every group while the adapters train.
+
+    LoRAPrune (arXiv 2305.18403); ``config`` has its settings.
 
     Scores are moving averages of :func:`guided_scores`; masks multiply what layers read (Eq. 13) and follow a cubic
     schedule; a mask may open again. Base weights are never changed and get no gradient; those of a quantised base are

@@ -11,7 +11,10 @@ from graphprune.passes.train_adapters import Nothing, Training, train
 
 
 def tune_adapters(steps: int, adapters: Adapters | None = None, training: Training | None = None) -> Pass:
-    """A pass that removes nothing and trains the adapters for so many steps; a model without any gets LoRA."""
+    """A pass that removes nothing and trains the adapters for so many ``steps``; a model without any gets LoRA.
+
+    ``adapters`` are the settings of that, ``training`` those of the steps.
+    """
     lora, settings = adapters or Adapters(), training or Training()
 
     def run(program: Program) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from documents import EXAMPLES, SMOLLM2, check_shown, run_page, save_reader
 from recovery.words import tiny_model, word_tokenizer
 
 import graphprune
@@ -38,7 +38,10 @@ WHAT_THE_READER_HAS: dict[str, Callable[[], dict[str, Any]]] = {"recovery": for_
 NEEDS = {"serving": "torchao"}
 
 
-@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+TUTORIAL = DOCS / "tutorial.md"
+
+
+@pytest.mark.parametrize("page", sorted({*DOCS.glob("*.md")} - {TUTORIAL}), ids=lambda page: page.stem)
 def test_a_page_runs(
     page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -47,12 +50,23 @@ def test_a_page_runs(
     monkeypatch.chdir(tmp_path)
     text = page.read_text("utf-8")
     scope: dict[str, Any] = {"__name__": page.stem}
-    scope |= WHAT_THE_READER_HAS.get(page.stem, dict)()
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(compile(code, str(page), "exec"), scope)
-    printed = capsys.readouterr().out
-    for shown in re.findall(r"```text\n(.*?)```", text, re.DOTALL):
-        for line in shown.strip().splitlines():
-            # A line number belongs to the reader's file.
-            said = re.escape(line).replace(r"model\.py:20", r"\S+")
-            assert re.search(said, printed), line
+    run_page(text, str(page), scope | WHAT_THE_READER_HAS.get(page.stem, dict)())
+    check_shown(text, capsys.readouterr().out)
+
+
+def test_the_tutorial_runs_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(EXAMPLES)
+    save_reader(Path("model"))
+    small = {SMOLLM2: "model", "--samples 32 --length 128": "--samples 4 --length 16", "--lengths 128": "--lengths 32"}
+    run_page(TUTORIAL.read_text("utf-8"), "tutorial", {"__name__": "tutorial"}, small)
+    assert {path.name for path in Path("out").iterdir()} == {"bare", "slimgpt", "copy", "stock"}
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("examples").symlink_to(EXAMPLES)
+    Path(".cache").symlink_to((DOCS.parent / ".cache").resolve())
+    run_page(TUTORIAL.read_text("utf-8"), "tutorial", {"__name__": "tutorial"})
+    check_shown(TUTORIAL.read_text("utf-8"), capsys.readouterr().out, numbers=False)

@@ -27,11 +27,13 @@ class Evaluation:
     """What was measured; what was not asked for is None or empty.
 
     Attributes:
-        parameters: their number, tied ones once. parameter_bytes: what they take in memory.
+        parameters: their number, tied ones once.
+        parameter_bytes: what they take in memory.
         macs: multiply-accumulates of a forward per token, or per sample for a model that does not read tokens.
         checkpoint_bytes: of the weight files on disk.
         perplexity: tokens per window → perplexity, infinity when the model is broken.
-        tasks: lm-eval task → metric → value. task_average: of acc_norm or acc (:func:`average`).
+        tasks: lm-eval task → metric → value.
+        task_average: of acc_norm or acc (:func:`average`).
         latency: one entry per batch size.
         peak_memory_bytes: of the prefill of one prompt: weights, activations, KV cache.
     """
@@ -131,7 +133,8 @@ def evaluate(
     Args:
         tokenizer: of the model; needed for ``text`` and ``tasks``.
         text: to take the perplexity of; several texts are joined by an empty line, as the pruning papers join WikiText.
-        lengths: tokens per window, one perplexity for each. tokens: use only the first so many tokens of the text.
+        lengths: tokens per window, one perplexity for each.
+        tokens: use only the first so many tokens of the text.
         tasks: names of lm-eval tasks, or :class:`Tasks`. include_path, limit: see there.
         batch_sizes: measure latency at these.
         memory: measure peak memory; on the CPU that needs ``folder``.

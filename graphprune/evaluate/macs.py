@@ -13,7 +13,8 @@ from graphprune.trace.quiet import eval_mode, without_hooks
 def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-accumulates of one forward of ``model`` on ``inputs``: matrix products, convolutions, attention.
 
-    Runs the forward once, in eval mode; the model is left as it was.
+    ``inputs`` is ``(args, kwargs)``; the count is of all its rows and tokens together. Runs the forward once, in eval
+    mode, and needs its weights; the model is left as it was. Errors of the forward pass through.
     """
     args, kwargs = inputs
     counter = FlopCounterMode(display=False)

@@ -23,6 +23,8 @@ _CHILD = "import sys; from graphprune.evaluate.memory import _child; _child(*sys
 def peak_memory(model: nn.Module, *, batch: int = 1, prompt: int = 128) -> int:
     """Bytes on the CUDA device of ``model`` at the peak of one prefill: its own tensors and what the forward allocates.
 
+    The prompt is random tokens: ``batch`` rows of ``prompt`` each.
+
     Raises:
         GraphPruneError: when it is not on a CUDA device (use :func:`peak_memory_of`), or no causal language model.
     """
@@ -51,8 +53,10 @@ def peak_memory_of(name: str, *, batch: int = 1, prompt: int = 128, dtype: torch
     Python and its libraries (some 500 MB) are in it.
 
     Args:
-        name: what :func:`graphprune.io.models.load_model` takes. dtype: of the weights; as stored by default.
-        batch: rows of the prompt. prompt: tokens in each.
+        name: what :func:`graphprune.io.models.load_model` takes.
+        dtype: of the weights; as stored by default.
+        batch: rows of the prompt.
+        prompt: tokens in each.
 
     Raises:
         GraphPruneError: when the model cannot be loaded or is no causal language model, when it does not fit into

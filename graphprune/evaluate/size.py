@@ -9,7 +9,7 @@ from torch import nn
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, tied ones once."""
+    """Bytes of all parameters of ``model`` in memory, tied ones once, in the dtypes they have."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 

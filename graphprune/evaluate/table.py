@@ -12,7 +12,8 @@ from graphprune.evaluate.evaluation import Evaluation
 def comparison(evaluations: Mapping[str, Evaluation]) -> Any:
     """A rich table: a row for everything that any model was measured for, a column for every model.
 
-    Models after the first have their relative change beside every value.
+    ``evaluations`` has the name of every model → what was measured. Models after the first have their relative change
+    beside every value.
     """
     from rich.table import Table
 

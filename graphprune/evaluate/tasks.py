@@ -87,7 +87,7 @@ class Tasks:
 def average(scores: Scores) -> float | None:
     """Mean over tasks of ``acc_norm`` or, where a task has none, ``acc``: the average of the pruning papers.
 
-    None when fewer than two tasks have one.
+    ``scores`` are those of :class:`Evaluation`: task → metric → value. None when fewer than two tasks have one.
     """
     accuracies = [metrics.get("acc_norm", metrics.get("acc")) for metrics in scores.values()]
     given = [value for value in accuracies if value is not None]

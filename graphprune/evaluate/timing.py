@@ -21,7 +21,8 @@ class Latency:
     """Medians, in milliseconds.
 
     Attributes:
-        batch: rows at once. prompt: tokens in each.
+        batch: rows at once.
+        prompt: tokens in each.
         prefill_ms: one forward of the whole prompt.
         decode_ms: one more token for every row; None for a model that returns no KV cache.
     """
@@ -49,7 +50,8 @@ def latency(model: nn.Module, *, batch: int = 1, prompt: int = 128, new_tokens: 
     """Time ``model`` on random tokens, on the device where it is.
 
     Args:
-        batch: rows at once. prompt: tokens in each.
+        batch: rows at once.
+        prompt: tokens in each.
         new_tokens: tokens decoded, one by one, after the prompt; the median is over these.
         repeats: forwards of the prompt; the median is over these. One more comes first and is not counted.
 

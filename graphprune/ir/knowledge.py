@@ -27,7 +27,9 @@ class GroupKnowledge:
     """One node group.
 
     Attributes:
-        name: the group's. modules: paths of the modules that its parameters are in. size: its number of structures.
+        name: the group's.
+        modules: paths of the modules that its parameters are in.
+        size: its number of structures.
         removed: how many of them were masked, one number per ratio.
         losses: the mean loss over the evaluation rows with so many masked, one per ratio; inf where it is not finite.
     """

@@ -32,8 +32,9 @@ class AxisMap:
 
     ``values`` has the dims of every node (a list of dims for several outputs), ``tensors`` those of every distinct
     parameter and buffer under its canonical name, ``canonical`` every name of a tied tensor → that name.
-    ``unruled`` counts, per operator without a usable rule, the source lines it pinned. Of the leaves in
-    ``more_than_one`` a planner keeps two indices, since forward asks whether there is one (``if groups == 1``).
+    ``facts`` are what rules found beside the axes. ``unruled`` counts, per operator without a usable rule, the source
+    lines it pinned. Of the leaves in ``more_than_one`` a planner keeps two indices, since forward asks whether there
+    is one (``if groups == 1``).
     """
 
     values: dict[fx.Node, Any]
@@ -46,7 +47,7 @@ class AxisMap:
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of one parameter or buffer on an axis. ``consumes`` if it is summed away there."""
+    """Dimension ``dim`` of the parameter or buffer ``tensor`` on an axis. ``consumes`` if it is summed away there."""
 
     tensor: str
     dim: int
@@ -60,6 +61,8 @@ class Member:
 class NodeGroup:
     """A basic node group: one leaf axis and all that must go together with it.
 
+    ``name`` is that of the first parameter dimension on the ``axis``; ``members`` are all of them, ``operators`` the
+    nodes of the graph, and ``modules`` the paths of the modules that own a member.
     ``outer`` is True when the axis is the outermost factor of every parameter dimension it occurs in (a head, a
     channel), False for an inner factor (a channel *of every* head). The size must stay a multiple of ``multiple``,
     which is more than 1 where a kernel demands it, and at least ``minimum``. A planner leaves at least ``careful``:
@@ -134,6 +137,12 @@ class Options:
 @dataclass
 class Program:
     """The state that passes hand on. A pass reads fields that earlier passes ensured and sets its own.
+
+    ``model``, ``inputs`` and ``options`` are what the user gave. The analysis makes ``trace``, ``axes``, ``attributes``
+    (integer of the model → polynomial in sizes of axes), ``groups``, ``composed``, ``ragged`` (group → the one it is
+    ragged under), ``prunable`` and ``skipped`` (group → why not). A method makes ``knowledge``, ``scores`` (group →
+    float32 ``(size,)``), ``counts`` (group → structures to go) and ``plan``. Then come ``new_attributes``, ``pruned``
+    and ``oracle_error``, relative to the largest output. ``progress`` is told what happens.
 
     ``updates`` has new values, at full size, of parameters that a pass changed to make up for what is removed:
     ``id(parameter)`` → tensor; ``new_biases`` those of linear layers that had none: module path → tensor. The pruned

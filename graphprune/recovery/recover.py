@@ -38,7 +38,12 @@ _ADAPTER, DONE = "adapter.safetensors", "stage.json"
 
 @dataclass
 class Round:
-    """The weights that a round was mixed by, and the validation loss of every source after it, in nats per token."""
+    """One round of recovery.
+
+    Attributes:
+        weights: source → share of the round's rows, as the losses before it made them.
+        losses: source → validation loss after it, in nats per token.
+    """
 
     weights: Weights
     losses: dict[str, float]
@@ -46,7 +51,16 @@ class Round:
 
 @dataclass
 class Stage:
-    """What became of one stage; ``best`` is the number of rounds after which the model was taken (0: as it came)."""
+    """What became of one stage.
+
+    Attributes:
+        name: ``"pretraining"`` or ``"instruct"``.
+        dense: source → validation loss of the full model, in nats per token; None where it was not given.
+        start: the same of the pruned model before the first round.
+        rounds: what every round was mixed by, and the losses after it.
+        steps: (number of the step, training loss).
+        best: number of rounds after which the model was taken; 0 is as it came.
+    """
 
     name: str
     dense: dict[str, float] | None
@@ -72,7 +86,7 @@ class Stage:
 
 @dataclass
 class Recovered:
-    """A pruned model with what it learned merged into its weights, and how it learned it."""
+    """A pruned model with what it learned merged into its weights (``model``), and how it learned it (``stages``)."""
 
     model: nn.Module
     stages: list[Stage]
@@ -143,6 +157,8 @@ def recover_on(
         corpora: what to train on; :func:`graphprune.data.corpus.prepare`.
         folder: for checkpoints and logs.
         dense: the full model, for distillation and for every ``mixing`` but ``"uniform"``, which wants only its losses.
+        settings: see :class:`Recovery`.
+        progress: called with what is being done.
 
     Raises :class:`GraphPruneError` for a folder of another run, for settings that need ``dense`` without it, and when
     the model cannot run the rows.

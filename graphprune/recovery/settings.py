@@ -13,7 +13,7 @@ MIXING = ("dynamic", "returns", "uniform")
 
 @dataclass(frozen=True)
 class Recovery:
-    """Settings of :func:`graphprune.recovery.recover.recover`.
+    """Settings of :func:`graphprune.recovery.recover.recover` (LoRAShear, arXiv 2310.18356, Alg. 5).
 
     Attributes:
         adapters: the LoRA that trains; on every linear layer.
@@ -24,7 +24,8 @@ class Recovery:
         rounds: the most rounds of a stage.
         patience: rounds in a row without a better mean validation loss after which a stage ends.
         threshold: what counts as better, in nats.
-        mixing: ``"dynamic"``: sources by how much worse than the full model they are; ``"uniform"``: all alike.
+        mixing: ``"dynamic"``: sources by how much worse than the full model they are; ``"returns"``: by what their next
+            row is expected to give back; ``"uniform"``: all alike.
         floor: share of every round that is spread evenly, whatever the losses, so that no source starves.
         distill: weight of the divergence from the dense model's predictions; the loss of the text has the rest.
         temperature: of both predictions in that divergence.

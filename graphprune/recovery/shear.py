@@ -83,7 +83,14 @@ class Shear:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of the dense, the pruned and the recovered model (:func:`graphprune.evaluate.evaluate`)."""
+    """What is measured of the dense, the pruned and the recovered model, besides their sizes.
+
+    Attributes:
+        text, lengths, tokens: perplexity of a text, as :func:`graphprune.evaluate.evaluate` takes them: tokens per
+        window,
+            and how many of the text to use.
+        tasks: of lm-eval (:class:`graphprune.evaluate.Tasks`).
+    """
 
     text: str | None = None
     lengths: Sequence[int] = (128, 2048)
@@ -93,7 +100,14 @@ class Measures:
 
 @dataclass
 class Shorn:
-    """The recovered model, what recovery did, and what was measured: by ``"dense"``, ``"pruned"``, ``"recovered"``."""
+    """What :func:`shear` returns.
+
+    Attributes:
+        model: the recovered model.
+        stages: what recovery did (:class:`graphprune.recovery.recover.Stage`).
+        evaluations: ``"dense"``, ``"pruned"`` and ``"recovered"`` → :class:`graphprune.evaluate.Evaluation` as plain
+        data.
+    """
 
     model: nn.Module
     stages: list[Stage]
@@ -111,7 +125,7 @@ def shear(
     measures: Measures | None = None,
     progress: Say | None = None,
 ) -> Shorn:
-    """Prune ``model``, train it back to what it knew, and measure what came of it.
+    """Prune ``model``, train it back to what it knew, and measure what came of it: LoRAShear (arXiv 2310.18356).
 
     Args:
         model: a causal language model; it is not changed.

@@ -34,7 +34,11 @@ _BY_NAME: dict[str, RuleFunction] = {}
 
 
 def rule(*operators: Any) -> Callable[[RuleFunction], RuleFunction]:
-    """Register a function as the axis rule of ATen operators: packets (all overloads) or single overloads."""
+    """Register a function as the axis rule of ATen ``operators``: packets (all overloads) or single overloads.
+
+    The function takes a :class:`Rule` and the operator's arguments, tensors as their dims, and returns the dims of the
+    output, or None for a form that it does not cover.
+    """
 
     def register(function: RuleFunction) -> RuleFunction:
         for operator in operators:
@@ -45,7 +49,7 @@ def rule(*operators: Any) -> Callable[[RuleFunction], RuleFunction]:
 
 
 def rule_by_name(*names: str) -> Callable[[RuleFunction], RuleFunction]:
-    """Like :func:`rule` for operators of libraries that need not be there: ``"library::operator"``."""
+    """Like :func:`rule` for operators of libraries that need not be there; ``names`` are ``"library::operator"``."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for name in names:

@@ -23,7 +23,11 @@ _CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(name: str) -> Callable[[Criterion], Criterion]:
-    """Register a function ``Program → {leaf axis: scores}`` under a name, which ``method=`` takes too."""
+    """Register a function ``Program → {leaf axis: scores}`` under a name, which ``method=`` takes too.
+
+    Scores are float32 of shape ``(size,)``, or ``(outer size, size)`` for a ragged axis; the smallest go first. An axis
+    without an entry is left alone. An earlier function of that ``name`` is replaced.
+    """
 
     def register(function: Criterion) -> Criterion:
         _CRITERIA[name] = function
@@ -81,9 +85,10 @@ class ScoredWeights:
 
 
 def add_to(scores: Scores, axis: Axis, values: torch.Tensor) -> None:
-    """Add a vector over a dimension, shape ``(axis.size,)``, to the scores of every leaf below it.
+    """Add a vector over a dimension to the scores of every leaf below it: what its indices own, summed.
 
-    An axis that is only ever scored so keeps one choice of indices for all, also where it could be ragged.
+    ``values`` has shape ``(axis.size,)``, any dtype and device; scores are float32 on the CPU. An axis that is only
+    ever scored so keeps one choice of indices for all, also where it could be ragged.
     """
     for leaf, share in reduce_to_leaves(axis, values.float().cpu()):
         scores[leaf] = scores[leaf] + share if leaf in scores else share
@@ -137,7 +142,8 @@ def scores_of(program: Program, name: str, groups: Iterable[NodeGroup]) -> dict[
 def score_by(name: str, times: str | None = None) -> Pass:
     """A pass that runs the criterion ``name``; groups it gives no score are left alone, with that reason.
 
-    ``times`` is another criterion that its scores are multiplied by, where that has some.
+    ``times`` is another criterion that its scores are multiplied by, where that has some. Running it raises
+    :class:`GraphPruneError` when a score is not finite.
     """
 
     def run(program: Program) -> None:
