@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -23,6 +25,7 @@ from graphprune.trace.stored import stored_of
 # In the order in which safetensors sorts them; the last comes first in a file.
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AT_ONCE = 2**26
 _WAITING = 4  # pieces that may wait to be written
 
 Count = Callable[[int], None]
@@ -41,6 +44,7 @@ def write_shard(tensors: dict[str, torch.Tensor], path: Path, count: Count) -> S
         def put(data: memoryview) -> None:
             file.write(data)
             digest.update(data)
+            _start_writing(file, data.nbytes)
 
         for data in _contents(tensors, names):
             waiting.append(writer.submit(put, data))
@@ -51,6 +55,14 @@ def write_shard(tensors: dict[str, torch.Tensor], path: Path, count: Count) -> S
         while waiting:
             waiting.popleft().result()
     return StoredFile(size, digest.hexdigest())
+
+
+def _start_writing(file: BinaryIO, more: int) -> None:
+    """Every so many bytes have the system write what it holds to the disk, where it has to be anyway, and forget it."""
+    end = file.tell()
+    if hasattr(os, "posix_fadvise") and end // _AT_ONCE > (end - more) // _AT_ONCE:
+        file.flush()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sorted(tensors: dict[str, torch.Tensor]) -> list[str]:

@@ -162,7 +162,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoint(tmp_path / "dense", llama())
     command = ["prune", str(source), "--ratio", "0.2", "--stream", "-o", str(tmp_path / "small")]
-    assert main([*command, "--max-shard-size", "40KB", "--json"]) == 0
+    assert main([*command, "--max-shard-size", "20KB", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["oracle_error"] is None
     assert abs(said["ratio"] - 0.2) < 0.05
