@@ -21,8 +21,8 @@ from graphprune.io.stored_config import read_settings
 from graphprune.trace.provenance import Attribute, get_attribute
 from graphprune.trace.quiet import REFUSALS
 
-# Keys from the config inwards: ("vision_config", "hidden_size"), ("hidden_sizes", 2), and, in a config that may say other
-# things of every layer, ("per_layer_config", "3", "num_attention_heads").
+# Keys from the config inwards: ("vision_config", "hidden_size"), ("hidden_sizes", 2), and, in a config that may say
+# other things of every layer, ("per_layer_config", "3", "num_attention_heads").
 Path = tuple[str | int, ...]
 Settings = dict[str, Any]
 PER_LAYER = "per_layer_config"

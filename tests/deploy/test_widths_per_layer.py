@@ -278,9 +278,7 @@ def test_other_kinds_of_models(head: str, tmp_path: Path, monkeypatch: pytest.Mo
     graphprune.save(pruned, tmp_path / "model", portable=True)
     auto = "AutoModel" if head == "LlamaModel" else "AutoModelForSequenceClassification"
     assert auto_classes(pruned) == [auto]
-    loaded = in_own_memory(
-        getattr(transformers, auto).from_pretrained(tmp_path / "model", trust_remote_code=True)
-    )
+    loaded = in_own_memory(getattr(transformers, auto).from_pretrained(tmp_path / "model", trust_remote_code=True))
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS)[0], pruned(TOKENS)[0])
 
@@ -289,9 +287,10 @@ def test_no_file_where_the_config_says_all(tmp_path: Path) -> None:
     model = graphprune.compile(CASES["qwen3"].build(), 0.2, method="magnitude", deploy="transformers")
     graphprune.save(model, tmp_path / "model", portable=True)
     assert not list((tmp_path / "model").glob("*.py"))
-    assert not {"auto_map", "graphprune", "quantization_config"} & json.loads(
-        (tmp_path / "model" / "config.json").read_text()
-    ).keys()
+    assert (
+        not {"auto_map", "graphprune", "quantization_config"}
+        & json.loads((tmp_path / "model" / "config.json").read_text()).keys()
+    )
 
 
 def test_a_class_that_transformers_does_not_have(tmp_path: Path) -> None:
