@@ -20,6 +20,7 @@ EVERYTHING = sorted(
 
 # Model types that are also words of the trade or of English, which the code needs: using one names no architecture.
 WORDS = {
+    "aria",  # WAI-ARIA: the attributes that say what a part of a page is
     "align",  # what the axis algebra does to two descriptions
     "beam",  # a kind of search
     "bit",  # of a number

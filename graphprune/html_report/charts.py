@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-WIDTH, HEIGHT = 640, 260
+WIDTH, HEIGHT = 480, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 40
 _COLOURS = 8
 _DOTTED = 40  # points of a line that are drawn as points too
