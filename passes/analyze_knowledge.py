@@ -52,6 +52,7 @@ def analyze_knowledge(
 ) -> Pass:
     """A pass that makes the node groups which hold the most knowledge unprunable; it goes before those of any method.
 
+    LoRAShear's knowledge distribution analysis (arXiv 2310.18356, Alg. 3).
     Each prunable group is masked alone, at several ratios, the structures of the smallest magnitude first. How much the
     loss on an evaluation set rises is its deviation, of which the mean over the ratios counts. What is found is
     ``program.knowledge``; the model is not changed.

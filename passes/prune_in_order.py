@@ -62,10 +62,10 @@ def prune_by_moments(importance: Importance, *, otherwise: str, bias: bool = Fal
 
     ``times`` is a criterion that this is multiplied by: what all weights of a structure say, where ``importance`` only
     knows the columns that consume it.
-    With ``bias`` the bias of a consumer takes what the removed columns add on average (FLAP, Eq. 7): it is added to a
-    bias that is there, and a plain linear layer without one gets one. Axes that cannot be decided so, since no weight
-    that is seen consumes them or since they are ragged, go by the criterion ``otherwise`` or, without a score, by
-    magnitude.
+    With ``bias`` the bias of a consumer takes what the removed columns add on average (FLAP, arXiv 2312.11983, Eq. 7):
+    it is added to a bias that is there, and a plain linear layer without one gets one. Axes that cannot be decided so,
+    since no weight that is seen consumes them or since they are ragged, go by the criterion ``otherwise`` or, without a
+    score, by magnitude.
     """
     return _in_order(lambda weight: MomentCut(weight, importance), otherwise, bias, times)
 

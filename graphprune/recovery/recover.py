@@ -143,6 +143,7 @@ def recover_on(
 ) -> Recovered:
     """Train LoRA on a mixture of sources that follows what the model lost on them, and merge it.
 
+    LoRAShear's dynamic knowledge recovery (arXiv 2310.18356, Alg. 5).
     A stage over the pretraining sources comes first, then one over those of instructions. In each, rounds of
     ``round_steps`` are mixed by how far the validation loss of every source is above that of ``dense``, the model
     before it was pruned; a stage ends when the mean validation loss no longer falls (``patience``), and the best round
