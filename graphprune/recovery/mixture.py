@@ -1,9 +1,8 @@
-"""Which rows the next round trains on: of which source how many."""
+"""Which rows the next round trains on: sources in proportion to what the pruned model lost on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import log
 
 import torch
 from torch.utils.data import Sampler
@@ -19,37 +18,11 @@ def uniform(names: Sequence[str]) -> Weights:
 
 def by_degradation(losses: Losses, dense: Losses, floor: float) -> Weights:
     """``floor`` spread evenly, and the rest by ``max(0, loss − dense loss)``; evenly too where nothing is worse."""
-    return _over_floor({name: max(0.0, loss - dense[name]) for name, loss in losses.items()}, floor)
-
-
-def by_returns(rounds: Sequence[Losses], dense: Losses, floor: float) -> list[Weights]:
-    """Of every round: ``floor`` spread evenly, and the rest by what the next row of a source is expected to give back.
-
-    ``rounds`` are the losses before the first round and after each since. What a source has lost, g, is taken to fall
-    as exp(−k·n) with the rows n that it was given, so that the next row gives back k·g: a source that has lost most
-    gets little when its rows do not bring it back. Before anything is known of k, sources share by what they have lost.
-    """
-    lost = [{name: max(0.0, loss - dense[name]) for name, loss in losses.items()} for losses in rounds]
-    weights = [by_degradation(rounds[0], dense, floor)]
-    given = dict.fromkeys(weights[0], 0.0)
-    for now in lost[1:]:
-        given = {name: given[name] + share for name, share in weights[-1].items()}
-        returns = {name: _return(lost[0][name], left, given[name]) for name, left in now.items()}
-        weights.append(_over_floor(returns, floor))
-    return weights
-
-
-def _return(before: float, left: float, given: float) -> float:
-    """k·g, where g fell from ``before`` to ``left`` over what was ``given``; 0 where nothing is left to gain."""
-    return log(before / left) / given * left if before > left > 0 and given > 0 else 0.0
-
-
-def _over_floor(amounts: Weights, floor: float) -> Weights:
-    """``floor`` spread evenly, and the rest in proportion to ``amounts``; evenly too where these are all 0."""
-    total = sum(amounts.values())
+    worse = {name: max(0.0, loss - dense[name]) for name, loss in losses.items()}
+    total = sum(worse.values())
     if total == 0:
-        return uniform(list(amounts))
-    return {name: floor / len(amounts) + (1 - floor) * amount / total for name, amount in amounts.items()}
+        return uniform(list(losses))
+    return {name: floor / len(worse) + (1 - floor) * lost / total for name, lost in worse.items()}
 
 
 def rows_of(weights: Weights, rows: int) -> dict[str, int]:

@@ -157,7 +157,7 @@ def recover_on(
         model: a causal language model; pruned or not.
         corpora: what to train on; :func:`graphprune.data.corpus.prepare`.
         folder: for checkpoints and logs.
-        dense: the full model, for distillation and for every ``mixing`` but ``"uniform"``, which wants only its losses.
+        dense: the full model, for ``mixing="dynamic"`` and for distillation. Only its losses are wanted otherwise.
         settings: see :class:`Recovery`.
         progress: called with what is being done.
 
@@ -165,8 +165,8 @@ def recover_on(
     the model cannot run the rows.
     """
     settings, folder = settings or Recovery(), Path(folder)
-    if dense is None and (settings.mixing != "uniform" or settings.distill):
-        raise GraphPruneError(f"mixing={settings.mixing!r} and distill= compare with the full model: give dense=.")
+    if dense is None and (settings.mixing == "dynamic" or settings.distill):
+        raise GraphPruneError("mixing='dynamic' and distill= compare with the full model: give dense=.")
     if not corpora:
         raise GraphPruneError("There is nothing to train on: corpora= is empty.")
     if has_adapters(model):

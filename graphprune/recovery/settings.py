@@ -8,7 +8,7 @@ from typing import Any
 from graphprune.errors import GraphPruneError
 from graphprune.passes.add_adapters import Adapters
 
-MIXING = ("dynamic", "returns", "uniform")
+MIXING = ("dynamic", "uniform")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Recovery:
         rounds: the most rounds of a stage.
         patience: rounds in a row without a better mean validation loss after which a stage ends.
         threshold: what counts as better, in nats.
-        mixing: ``"dynamic"``: sources by how much worse than the full model they are; ``"returns"``: by what their next
-            row is expected to give back; ``"uniform"``: all alike.
+        mixing: ``"dynamic"``: sources by how much worse than the full model they are; ``"uniform"``: all alike.
         floor: share of every round that is spread evenly, whatever the losses, so that no source starves.
         distill: weight of the divergence from the dense model's predictions; the loss of the text has the rest.
         temperature: of both predictions in that divergence.

@@ -22,7 +22,7 @@ from transformers import (
 
 from graphprune.data.corpus import Corpus
 from graphprune.recovery.checkpoints import Checkpoints
-from graphprune.recovery.mixture import Losses, MixedRows, Weights, by_degradation, by_returns, uniform
+from graphprune.recovery.mixture import Losses, MixedRows, Weights, by_degradation, uniform
 from graphprune.recovery.settings import Recovery
 
 IGNORED = -100
@@ -78,8 +78,6 @@ class RecoveryTrainer(Trainer):
         rounds = [self.start or {}, *measured]
         if self.settings.mixing == "uniform" or self.dense is None:
             return [uniform([corpus.name for corpus in self.corpora])] * len(rounds)
-        if self.settings.mixing == "returns":
-            return by_returns(rounds, self.dense, self.settings.floor)
         return [by_degradation(losses, self.dense, self.settings.floor) for losses in rounds]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MixedRows:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from math import log
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.recovery.mixture import MixedRows, Weights, by_degradation, by_returns, rows_of, uniform
+from graphprune.recovery.mixture import MixedRows, Weights, by_degradation, rows_of, uniform
 
 LOSSES = {"a": 3.0, "b": 2.5, "c": 2.0}
 DENSE = {"a": 2.0, "b": 2.0, "c": 2.5}
@@ -20,25 +19,6 @@ def test_what_lost_more_gets_more() -> None:
     assert weights == pytest.approx({"a": 0.1 + 0.7 * 2 / 3, "b": 0.1 + 0.7 / 3, "c": 0.1})
     assert by_degradation(LOSSES, DENSE, floor=1.0) == pytest.approx(uniform(["a", "b", "c"]))
     assert by_degradation(DENSE, DENSE, floor=0.3) == uniform(["a", "b", "c"])  # nothing was lost
-
-
-def test_what_gives_back_more_gets_more() -> None:
-    dense = {"a": 2.0, "b": 2.0, "c": 2.0}
-    before, after = {"a": 3.0, "b": 3.0, "c": 2.5}, {"a": 2.5, "b": 2.9, "c": 2.5}
-    first, second = by_returns([before, after], dense, floor=0.0)
-    assert first == by_degradation(before, dense, floor=0.0) == pytest.approx({"a": 0.4, "b": 0.4, "c": 0.2})
-    a, b = log(1 / 0.5) / 0.4 * 0.5, log(1 / 0.9) / 0.4 * 0.9  # both lost as much, a has been brought back faster
-    assert second == pytest.approx({"a": a / (a + b), "b": b / (a + b), "c": 0.0})
-    third = by_returns([before, after, dense], dense, floor=0.3)[2]
-    assert third == uniform(["a", "b", "c"])  # nothing is left to gain
-
-
-def test_rows_given_in_all_rounds_count() -> None:
-    dense, falling = {"a": 0.0, "b": 0.0}, [{"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 1.0}, {"a": 0.25, "b": 0.5}]
-    weights = by_returns(falling, dense, floor=0.5)
-    assert weights[1] == pytest.approx({"a": 0.75, "b": 0.25})
-    a, b = log(4) / 1.25 * 0.25, log(2) / 0.75 * 0.5
-    assert weights[2] == pytest.approx({"a": 0.25 + 0.5 * a / (a + b), "b": 0.25 + 0.5 * b / (a + b)})
 
 
 @given(
