@@ -151,8 +151,9 @@ def compile(
             axes, devices, eval mode and all other choices of forward are constants in it. It cannot be saved with
             :func:`save`; its ``state_dict`` and ``torch.export`` can.
         deploy: ``"transformers"`` for a result that the stock class of transformers loads with nothing of graphprune
-            installed: what the config says once for all layers shrinks in all layers alike, and what no field of it
-            says stays. The report has the fields that changed and the share of groups that this left alone.
+            installed: what the config says once for all layers shrinks in all layers alike, what it says layer by layer
+            (in a list, or in ``per_layer_config`` where the class reads it) does not, and what no field of it says
+            stays. The report has the fields that changed and the share of groups that this left alone.
         merge: whether adapters of peft are merged into the weights of the pruned model; by default those that a method
             trains are, and others stay as they are, sliced to fit. A method that trains adds LoRA to a model without.
         instruct: instructions to train the pruned model on, after the texts of ``data``, so that it recovers what it

@@ -197,3 +197,10 @@ def test_deploy_writes_what_transformers_loads(folder, tmp_path, capsys):
     assert sum(p.numel() for p in loaded.parameters()) == found["parameters"][1]
     assert main([*arguments, "-o", str(tmp_path / "again")]) == 0
     assert f"config: {name} {before} → {after}" in capsys.readouterr().out
+
+
+def test_portable_writes_a_modelling_file(folder, tmp_path):
+    out = tmp_path / "small"
+    assert main(["prune", str(folder), "--ratio", "0.3", "-o", str(out), "--method", "magnitude", "--portable"]) == 0
+    assert (out / "modeling_pruned_llama.py").is_file()
+    assert "AutoModelForCausalLM" in json.loads((out / "config.json").read_text())["auto_map"]

@@ -1,5 +1,8 @@
 """``save`` and ``load``: a pruned model as a folder of safetensors and JSON, never pickle.
 
+Stock ``from_pretrained`` reads it as well: always when it was made with ``deploy``, otherwise where graphprune has been
+imported (:mod:`graphprune.deploy.quantizer`) or, when it is portable, with ``trust_remote_code``.
+
 A folder holds config.json (Hugging Face models only: the config of the pruned model when it was made with ``deploy``,
 else the one before the first pruning), generation_config.json,
 model.safetensors (several with an index when large), graphprune_buffers.safetensors (tensors outside the state dict,
