@@ -135,8 +135,8 @@ def _license(done: Report) -> dict[str, str]:
 def _pipeline_tag(class_name: str) -> str | None:
     from transformers.modelcard import TASK_MAPPING
 
-    mapping: dict[str, Any] = TASK_MAPPING
-    for task, classes in mapping.items():
+    tasks: Mapping[str, Any] = TASK_MAPPING
+    for task, classes in tasks.items():
         for known in classes.values():
             if class_name == known or (isinstance(known, tuple) and class_name in known):
                 return task
