@@ -58,7 +58,10 @@ def _drawn_node(node: str, about: dict[str, Any]) -> pydot.Node:
         look |= {"tooltip": "\n".join([words.structures(about), *(_operator(one) for one in about["operators"])])}
         if about["kept"]:
             look |= {"shape": "box", "style": "striped", "fillcolor": _stripes(words.kept_share(about))}
-    return pydot.Node(node, label=_quoted("\n".join(lines)), **{key: _quoted(value) for key, value in look.items()})
+    drawn = pydot.Node(node, label=_quoted("\n".join(lines)))
+    for key, value in look.items():
+        drawn.set(key, _quoted(value))
+    return drawn
 
 
 def _operator(about: dict[str, Any]) -> str:

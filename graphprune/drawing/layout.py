@@ -151,7 +151,8 @@ def _lines(graph: Graph, layout: Layout) -> list[str]:
         edges.append((left, right, about))
     leaving = {node: [n for n, edge in enumerate(edges) if edge[0] == node] for node, _, _ in edges}
     coming = {node: [n for n, edge in enumerate(edges) if edge[1] == node] for _, node, _ in edges}
-    starts, ends = {}, {}
+    starts: dict[int, float] = {}
+    ends: dict[int, float] = {}
     for node, found in leaving.items():
         found.sort(key=lambda n: (edges[n][2].get("dim", 0), layout.nodes[edges[n][1]].y))
         starts |= dict(zip(found, _ports(layout.nodes[node], len(found)), strict=True))
