@@ -1,4 +1,4 @@
-"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR``, ``inspect``, ``knowledge``, ``eval MODEL …``."""
+"""The command line: ``graphprune prune MODEL --ratio 0.2 -o DIR``, ``inspect``, ``viz``, ``eval``, …"""
 
 from __future__ import annotations
 

@@ -58,8 +58,10 @@ def _drawn_node(node: str, about: dict[str, Any]) -> pydot.Node:
         look |= {"tooltip": "\n".join([words.structures(about), *(_operator(one) for one in about["operators"])])}
         if about["kept"]:
             look |= {"shape": "box", "style": "striped", "fillcolor": _stripes(words.kept_share(about))}
-    quoted: dict[str, Any] = {key: _quoted(value) for key, value in look.items()}
-    return pydot.Node(node, label=_quoted("\n".join(lines)), **quoted)
+    drawn = pydot.Node(node, label=_quoted("\n".join(lines)))
+    for key, value in look.items():
+        drawn.set(key, _quoted(value))
+    return drawn
 
 
 def _operator(about: dict[str, Any]) -> str:

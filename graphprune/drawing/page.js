@@ -70,8 +70,9 @@
       return path;
     });
     canvas.append(svg);
-    // In the order in which they are read: what is further left first, then from top to bottom.
-    ids.sort((a, b) => places.nodes[a][0] - places.nodes[b][0] || places.nodes[a][1] - places.nodes[b][1]);
+    // In the order in which they are read: column by column, from top to bottom.
+    const column = id => ["tensor", "group", "operator"].indexOf(data.nodes[id].side);
+    ids.sort((a, b) => column(a) - column(b) || places.nodes[a][1] - places.nodes[b][1]);
     for (const id of ids) {
       if (!buttons.has(id)) buttons.set(id, button(id));
       canvas.append(put(buttons.get(id), places.nodes[id]));
@@ -226,6 +227,7 @@
   });
   search.addEventListener("keydown", event => {
     if (event.key === "Enter") {
+      event.preventDefault(); // or it would press what gets the focus
       const matches = seek();
       if (matches.length) go(matches[(matches.indexOf(current) + 1) % matches.length]);
     } else if (event.key === "Escape" && search.value) {
@@ -241,7 +243,7 @@
     const [x, y, width, height] = places.nodes[id];
     const middle = y + height / 2;
     if (key === "ArrowUp" || key === "ArrowDown") {
-      const column = ids.filter(other => places.nodes[other][0] + places.nodes[other][2] > x && places.nodes[other][0] < x + width);
+      const column = ids.filter(other => data.nodes[other].side === data.nodes[id].side);
       return column[column.indexOf(id) + (key === "ArrowDown" ? 1 : -1)];
     }
     const side = key === "ArrowRight" ? 1 : -1;
