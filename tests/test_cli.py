@@ -175,8 +175,11 @@ def test_missing_models(tmp_path, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_default_method_is_that_of_compile():
-    assert _parser().parse_args(["prune", "x", "-o", "y"]).method == DEFAULT_METHOD
+def test_the_help_tells_the_default_method(capsys):
+    assert _parser().parse_args(["prune", "x", "-o", "y"]).method is None  # what it is depends on --stream
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    assert f"{DEFAULT_METHOD} (default; magnitude with --stream)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_usage_exits_with_2():

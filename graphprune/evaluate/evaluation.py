@@ -62,11 +62,10 @@ class Evaluation:
         return finite(plain)
 
     @classmethod
-    def from_dict(cls, data: Any, where: str = "The evaluation") -> Evaluation:
+    def from_dict(cls, data: Any, where: str) -> Evaluation:
         """Read what :meth:`to_dict` made. Raises :class:`GraphPruneError` naming ``where`` for anything else."""
         of_kind(data, dict, where)
         number, count = (int, float, str), (int, type(None))
-        latencies = [of_kind(one, dict, where) for one in take(data, "latency", list, where)]
         try:
             return cls(
                 parameters=take(data, "parameters", int, where),
@@ -84,7 +83,7 @@ class Evaluation:
                     }
                     for task, metrics in take(data, "tasks", dict, where).items()
                 },
-                latency=[_latency(one, where) for one in latencies],
+                latency=[_latency(of_kind(one, dict, where), where) for one in take(data, "latency", list, where)],
                 peak_memory_bytes=take(data, "peak_memory_bytes", count, where),
             )
         except ValueError as error:  # a text that is no number

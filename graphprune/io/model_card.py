@@ -64,6 +64,11 @@ def update_card(
 
     What else is in the file, such as a person's own words, stays.
 
+    Args:
+        folder: that of the model.
+        evaluations: of the model, or of several by their titles, the dense one first.
+        metadata: fields of the front matter, such as ``{"license": "mit"}``, over those that are there.
+
     Raises:
         GraphPruneError: when there is no such file, or no place for measurements in it, or for metadata that is no
             plain data.

@@ -128,7 +128,8 @@ def stream(
             how = None if plan is not None else (kept_plan(passes_of(method), partial, stack),)
             given: dict[str, Any] = {**choices, "data": data, "tokenizer": tokenizer} if runs else choices
             with nullcontext() if runs else _one_thread():
-                pruned = compile(model, ratio, plan=plan, passes=how, progress=progress, **given)
+                pruned = compile(model, ratio, plan=plan, passes=how, verify=False, progress=progress, **given)
+            report(pruned).settings.pop("passes", None)  # those of the method, which is told
             with _one_thread():
                 _write(pruned, tokenizer, partial, max_shard_size, say)
             stack.close()

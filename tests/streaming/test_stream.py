@@ -66,7 +66,7 @@ def test_a_plan_is_replayed(tmp_path: Path) -> None:
     model, tokenizer = load_model(str(source))
     pruned = graphprune.compile(model, 0.3, method="wanda-sp", data="random", samples=2, length=8)
     plan = graphprune.report(pruned).plan
-    replayed = graphprune.compile(model, plan=plan)
+    replayed = graphprune.compile(model, plan=plan, verify=False)
     graphprune.save(replayed, tmp_path / "memory", tokenizer=tokenizer)
     graphprune.stream(source, tmp_path / "stream", plan=plan)
     assert digests(tmp_path / "stream") == digests(tmp_path / "memory")

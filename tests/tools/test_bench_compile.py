@@ -20,6 +20,7 @@ def bench(load_tool: Load) -> ModuleType:
     return load_tool("bench_compile")
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_at_small_sizes(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "result.json"
     assert bench.main(["--small", "--repeats", "1", "--json", str(out)]) == 0

@@ -28,6 +28,7 @@ def bench(load_tool: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_at_small_sizes(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "result.json"
     arguments = ["-o", str(tmp_path / "models"), "--small", "--repeats", "2", "--prompt", "8", "--tokens", "3"]

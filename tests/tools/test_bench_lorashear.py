@@ -22,6 +22,7 @@ def given(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "model"), "--data", str(tmp_path / "data")]
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_at_small_sizes(
     load_tool: Callable[[str], ModuleType],
     given: list[str],
@@ -40,6 +41,7 @@ def test_the_whole_comparison_at_small_sizes(
     assert all(float(line.split("%")[0].split()[-1]) > 15 for line in rows[1:])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_two_processes(
     load_tool: Callable[[str], ModuleType], given: list[str], capsys: pytest.CaptureFixture
 ) -> None:

@@ -20,6 +20,7 @@ CONFIG = LlamaConfig(
 )
 
 
+@pytest.mark.slow
 def test_the_whole_comparison_at_small_sizes(
     load_tool: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
