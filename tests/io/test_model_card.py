@@ -199,7 +199,22 @@ def test_a_card_without_a_place_is_left_alone(pruned: nn.Module, tmp_path: Path)
 # What people write
 
 TEXTS = st.text(max_size=30) | st.sampled_from(
-    ["---", "a\n---\nb", "\n---\n", "...", "'", '"', ": x", "- x", "{{ 7 }}", "#", "!!python/object:os.system", "\t"]
+    [
+        "---",
+        "a\n---\nb",
+        "\n---\n",
+        "...",
+        "'",
+        '"',
+        ": x",
+        "- x",
+        "{{ 7 }}",
+        "#",
+        "!!python/object:os.system",
+        "\t",
+        "a|b",
+        "x`y",
+    ]
 )
 
 
@@ -233,7 +248,7 @@ def test_no_text_breaks_the_metadata(pruned: nn.Module, one: str, other: str, me
     assert found.text.lstrip().startswith("# Net, ")
     assert found.text.count("\n## ") == 4  # Pruning, Training, Measurements, Use
     rows = [line for line in found.text.splitlines() if line.startswith("| `")]
-    assert all(line.replace("\\|", "").count("|") == 5 for line in rows)
+    assert all(line.replace("\\|", "").count("|") == 5 and line.count("`") == 2 for line in rows)
 
 
 def test_most_texts_are_not_refused(pruned: nn.Module, tmp_path: Path) -> None:
