@@ -52,3 +52,8 @@ def test_apart(wanted: list[float]) -> None:
     assert all(value >= 0 for value in found)
     if all(b - a >= 50 for a, b in itertools.pairwise(sorted(wanted))):
         assert found == pytest.approx(sorted(wanted))
+
+
+def test_what_wants_one_place_is_around_it() -> None:
+    assert _apart([100, 100, 100], 50) == [50, 100, 150]
+    assert _apart([0, 0, 300], 50) == [0, 50, 300]
