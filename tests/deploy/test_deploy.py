@@ -11,12 +11,12 @@ import torch
 import transformers
 from helpers import ToyTransformer, randomise
 from models import CASES
+from stock_loading import TOKENS, logits, reloaded
 from torch import nn
 
 import graphprune
 from graphprune import GraphPruneError
 
-TOKENS = torch.arange(34).reshape(2, 17) * 7 % 96
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 96}
 
 
@@ -40,20 +40,6 @@ def gpt2() -> nn.Module:
 
 def deployed(model: nn.Module, ratio: float | None = 0.2, **options: Any) -> nn.Module:
     return graphprune.compile(model, ratio, **{"method": "magnitude", "deploy": "transformers", **options})
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def stock(model: Any, folder: Path) -> Any:
-    """``model`` as transformers loads it, in memory of its own: what lies in a file is computed with otherwise."""
-    graphprune.save(model, folder)
-    loaded = type(model).from_pretrained(folder)
-    for parameter in loaded.parameters():
-        parameter.data = parameter.data.clone()
-    return loaded
 
 
 # What shrinks
@@ -91,7 +77,7 @@ def test_methods_and_options(method: str, options: dict[str, Any], tmp_path: Pat
     report = graphprune.report(pruned)
     assert 0.2 < report.ratio <= 0.25
     assert not report.new_biases
-    assert torch.equal(logits(stock(pruned, tmp_path / "model")), logits(pruned))
+    assert torch.equal(logits(reloaded(pruned, tmp_path / "model")), logits(pruned))
 
 
 def test_sparing_keeps_axes_of_few_indices_but_no_blocks() -> None:
@@ -122,7 +108,7 @@ def test_round_to() -> None:
 def test_tied_embeddings(tmp_path: Path) -> None:
     pruned: Any = deployed(llama(tie_word_embeddings=True), 0.6, width=True)
     assert "hidden_size" in (graphprune.report(pruned).fields or {})
-    loaded = stock(pruned, tmp_path / "model")
+    loaded = reloaded(pruned, tmp_path / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(pruned))
 
@@ -159,11 +145,11 @@ def test_pruned_again(tmp_path: Path) -> None:
     twice = deployed(once, 0.15)
     report = graphprune.report(twice)
     assert (report.fields or {})["intermediate_size"][0] == once.config.intermediate_size
-    assert torch.equal(logits(stock(twice, tmp_path / "twice")), logits(twice))
+    assert torch.equal(logits(reloaded(twice, tmp_path / "twice")), logits(twice))
     loaded = graphprune.load(tmp_path / "twice")
     assert torch.equal(logits(loaded), logits(twice))
     again = deployed(loaded, 0.15)
-    assert torch.equal(logits(stock(again, tmp_path / "again")), logits(again))
+    assert torch.equal(logits(reloaded(again, tmp_path / "again")), logits(again))
 
 
 def test_pruned_layer_by_layer_afterwards(tmp_path: Path) -> None:
@@ -185,7 +171,7 @@ def test_its_plan_replays() -> None:
 
 def test_half_precision(tmp_path: Path) -> None:
     pruned: Any = deployed(type(qwen())._from_config(qwen().config, dtype=torch.bfloat16).eval(), 0.2)
-    loaded = stock(pruned, tmp_path / "model")
+    loaded = reloaded(pruned, tmp_path / "model")
     assert loaded.dtype is torch.bfloat16
     assert torch.equal(logits(loaded), logits(pruned))
 
@@ -215,7 +201,7 @@ def test_a_config_in_the_config(tmp_path: Path) -> None:
     pruned: Any = deployed(model, 0.1, example_inputs=inputs, include="*.language_model")
     assert set(graphprune.report(pruned).fields or {}) == {"text_config.intermediate_size"}
     assert pruned.config.text_config.intermediate_size < 48
-    loaded = stock(pruned, tmp_path / "model")
+    loaded = reloaded(pruned, tmp_path / "model")
     assert torch.equal(loaded(**inputs).logits, pruned(**inputs).logits)
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers
 from helpers import randomise
+from stock_loading import TOKENS, reloaded
 from torch import nn
 
 import graphprune
 from graphprune.deploy.stock import at, changed, settings_of
 
-TOKENS = torch.arange(34).reshape(2, 17) * 7 % 96
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -57,14 +57,6 @@ def output(model: nn.Module) -> torch.Tensor:
         return model(TOKENS)[0]
 
 
-def stock(model: Any, folder: Path) -> Any:
-    graphprune.save(model, folder)
-    loaded = type(model).from_pretrained(folder)
-    for parameter in loaded.parameters():
-        parameter.data = parameter.data.clone()
-    return loaded
-
-
 def test_heads_of_every_layer(tmp_path: Path) -> None:
     pruned = graphprune.compile(
         step(), 0.1, method="magnitude", allocation="global", deploy="transformers", include="*.self_attn"
@@ -78,7 +70,7 @@ def test_heads_of_every_layer(tmp_path: Path) -> None:
         assert layer.num_key_value_heads == after[number]
         assert layer.num_attention_heads == after[number] * (3 if number % 2 else 2)
     assert all(before in (4, 8, 12) for before, _ in fields.values())
-    loaded = stock(pruned, tmp_path / "model")
+    loaded = reloaded(pruned, tmp_path / "model")
     assert torch.equal(output(loaded), output(pruned))
     assert torch.equal(output(graphprune.load(tmp_path / "model")), output(pruned))
     cache = loaded(TOKENS, use_cache=True).past_key_values
@@ -93,7 +85,7 @@ def test_widths_in_a_list(tmp_path: Path) -> None:
     assert {"intermediate_size.0", "intermediate_size.2"} < fields.keys()
     assert pruned.config.intermediate_size == [layer.mlp.up_proj.out_features for layer in pruned.model.layers]
     assert len(set(pruned.config.intermediate_size)) > 2
-    loaded = stock(pruned, tmp_path / "model")
+    loaded = reloaded(pruned, tmp_path / "model")
     assert torch.equal(output(loaded), output(pruned))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(loaded.generate(TOKENS, **options), pruned.generate(TOKENS, **options))

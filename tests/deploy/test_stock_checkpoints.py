@@ -3,66 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import CASES
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stock_loading import GENERATE, TOKENS, finish, logits, start
 from torch import nn
 
 import graphprune
-
-TOKENS = torch.arange(34).reshape(2, 17) * 7 % 96
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-
-# Runs in a process of its own, where importing anything of graphprune raises.
-STOCK = """
-import importlib.abc, json, sys
-
-class Forbidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "graphprune":
-            raise ImportError("graphprune is not installed here")
-
-sys.meta_path.insert(0, Forbidden())
-import torch, transformers
-torch.set_num_threads(1)  # as in the tests
-from safetensors.torch import load_file, save_file
-
-folder = sys.argv[1]
-given = load_file(f"{folder}/given.safetensors")
-made, notes = {}, {}
-for name, (auto, generates) in json.load(open(f"{folder}/cases.json")).items():
-    model, info = getattr(transformers, auto).from_pretrained(f"{folder}/{name}", output_loading_info=True)
-    notes[name] = {"class": type(model).__name__, **{key: str(value) for key, value in info.items() if value}}
-    for parameter in model.parameters():  # not where the file is mapped to, which may be off the boundaries of SIMD
-        parameter.data = parameter.data.clone()
-    with torch.no_grad():
-        if "ImageClassification" in auto:
-            made[name] = model(given["images"]).logits
-        elif "Seq2Seq" in auto:
-            made[name] = model(input_ids=given["tokens"], decoder_input_ids=given["tokens"]).logits
-        else:
-            made[name] = model(given["tokens"]).logits
-        if generates:
-            made[f"{name}.generated"] = model.generate(given["tokens"], **json.loads(sys.argv[2]))
-save_file({key: value.contiguous() for key, value in made.items()}, f"{folder}/made.safetensors")
-json.dump(notes, open(f"{folder}/notes.json", "w"))
-"""
-
-
-def logits(model: nn.Module, auto: str) -> torch.Tensor:
-    with torch.no_grad():
-        if auto == "AutoModelForImageClassification":
-            return model(IMAGES).logits
-        if auto == "AutoModelForSeq2SeqLM":
-            return model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
-        return model(TOKENS).logits
 
 
 def generated(model: Any) -> torch.Tensor:
@@ -81,15 +32,8 @@ def pruned() -> dict[str, nn.Module]:
 @pytest.fixture(scope="module")
 def folder(pruned: dict[str, nn.Module], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All models saved, and what transformers alone makes of them."""
-    folder = tmp_path_factory.mktemp("deployed")
-    for name, model in pruned.items():
-        graphprune.save(model, folder / name)
-    save_file({"tokens": TOKENS, "images": IMAGES}, folder / "given.safetensors")
-    cases = {name: (case.auto, case.generates) for name, case in CASES.items()}
-    (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-c", STOCK, str(folder), json.dumps(GENERATE)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("deployed") / "models"
+    finish(start("stock", pruned, folder))
     return folder
 
 

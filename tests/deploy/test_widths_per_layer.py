@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import torch
 import transformers
 from helpers import ToyTransformer
 from models import CASES, Case
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from stock_loading import GENERATE, TOKENS, finish, in_own_memory, logits, start
 from torch import nn
 
 import graphprune
@@ -22,10 +20,6 @@ from graphprune import GraphPruneError
 from graphprune.deploy.portable import auto_classes
 from graphprune.deploy.sizes_left import path_of
 from graphprune.trace.provenance import Attribute
-
-TOKENS = torch.arange(34).reshape(2, 17) * 7 % 96
-IMAGES = torch.linspace(-1, 1, 2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
-GENERATE = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 # Free widths need other options than those that a config can say.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -36,86 +30,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NAMES = [name for name in CASES if name not in ("llama_heads", "llama_width", "gpt2_width", "mixtral_experts")]
 MODES = ("portable", "imported")
 
-# Runs in a process of its own: "portable" where importing anything of graphprune raises, "imported" after importing it.
-LOAD = """
-import importlib.abc, json, sys
-
-class Forbidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "graphprune":
-            raise ImportError("graphprune is not installed here")
-
-folder, mode = sys.argv[1:3]
-if mode == "portable":
-    sys.meta_path.insert(0, Forbidden())
-    options = {"trust_remote_code": True}
-else:
-    import graphprune
-    assert "transformers" not in sys.modules and "torch" not in sys.modules
-    options = {}
-import torch, transformers
-torch.set_num_threads(1)  # as in the tests
-from safetensors.torch import load_file, save_file
-
-given = load_file(f"{folder}/given.safetensors")
-made, notes = {}, {}
-
-def run(name, model, auto, generates):
-    for tensor in (*model.parameters(), *model.buffers()):  # not where the file is mapped to
-        tensor.data = tensor.data.clone()
-    with torch.no_grad():
-        if "ImageClassification" in auto:
-            made[name] = model(given["images"]).logits
-        elif "Seq2Seq" in auto:
-            made[name] = model(input_ids=given["tokens"], decoder_input_ids=given["tokens"]).logits
-        else:
-            made[name] = model(given["tokens"]).logits
-    if generates:
-        made[f"{name}.generated"] = model.generate(given["tokens"], **json.loads(sys.argv[3]))
-
-for name, (auto, generates) in json.load(open(f"{folder}/cases.json")).items():
-    load = getattr(transformers, auto).from_pretrained
-    model, info = load(f"{folder}/{name}", output_loading_info=True, **options)
-    notes[name] = {"class": type(model).__name__, **{key: str(value) for key, value in info.items() if value}}
-    run(name, model, auto, generates)
-    model.save_pretrained(f"{folder}/again/{name}")
-    run(f"{name}.again", load(f"{folder}/again/{name}", **options), auto, False)
-save_file({key: value.contiguous() for key, value in made.items()}, f"{folder}/made.safetensors")
-json.dump(notes, open(f"{folder}/notes.json", "w"))
-"""
-
 
 def prune(case: Case, **changes: Any) -> nn.Module:
     options = {"ratio": 0.2, "method": "magnitude", "allocation": "global", **case.options, **changes}
     return graphprune.compile(case.build(), options.pop("ratio"), **options)
-
-
-def logits(model: nn.Module, auto: str = "AutoModelForCausalLM") -> torch.Tensor:
-    with torch.no_grad():
-        if auto == "AutoModelForImageClassification":
-            return model(IMAGES).logits
-        if auto == "AutoModelForSeq2SeqLM":
-            return model(input_ids=TOKENS, decoder_input_ids=TOKENS).logits
-        return model(TOKENS).logits
-
-
-def in_own_memory(model: Any) -> Any:
-    """What lies in a mapped file is computed with otherwise, off the boundaries of SIMD."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
-
-
-def start(mode: str, pruned: dict[str, nn.Module], folder: Path) -> subprocess.Popen[str]:
-    """Save all models, and have transformers load them."""
-    folder.mkdir()
-    for name, model in pruned.items():
-        graphprune.save(model, folder / name, portable=mode == "portable")
-    save_file({"tokens": TOKENS, "images": IMAGES}, folder / "given.safetensors")
-    (folder / "cases.json").write_text(json.dumps({name: (CASES[name].auto, CASES[name].generates) for name in NAMES}))
-    command = [sys.executable, "-c", LOAD, str(folder), mode, json.dumps(GENERATE)]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def test_transformers_computes_the_same(tmp_path: Path) -> None:
@@ -132,8 +50,7 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
         if CASES[name].generates:
             expected[f"{name}.generated"] = model.generate(TOKENS, **GENERATE)
     for mode, process in processes.items():
-        printed, _ = process.communicate()
-        assert process.returncode == 0, printed[-4000:]
+        finish(process)
         made = load_file(tmp_path / mode / "made.safetensors")
         assert made.keys() == expected.keys()
         assert [key for key in expected if not torch.equal(made[key], expected[key])] == [], mode

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lm_eval_task import write_task
 from pruned_models import CAUSAL, IMAGES, TOKENS, WORDS, fresh, logits, pruned
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -62,30 +63,6 @@ def test_a_pipeline_sees() -> None:
     assert sum(one["score"] for one in found) == pytest.approx(1, abs=1e-5)
 
 
-_TASK = """
-task: tiny
-custom_dataset: !function data.rows
-dataset_path: json
-output_type: multiple_choice
-test_split: test
-doc_to_text: question
-doc_to_target: answer
-doc_to_choice: choices
-metric_list:
-  - metric: acc
-"""
-_DATA = """
-import datasets
-
-def rows(**_):
-    rows = [
-        {"question": f"w{i} w{i + 1}", "choices": [f"w{(7 * i + k) % 90 + 4}" for k in range(4)], "answer": i % 4}
-        for i in range(12)
-    ]
-    return {"test": datasets.Dataset.from_list(rows)}
-"""
-
-
 def test_the_stock_type_of_lm_eval(
     tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,8 +72,11 @@ def test_the_stock_type_of_lm_eval(
     graphprune.save(pruned("stock"), tmp_path / "model", tokenizer=tokenizer)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    (tasks / "data.py").write_text(_DATA)
-    (tasks / "tiny.yaml").write_text(_TASK)
+    rows = [
+        {"question": f"w{i} w{i + 1}", "choices": [f"w{(7 * i + k) % 90 + 4}" for k in range(4)], "answer": i % 4}
+        for i in range(12)
+    ]
+    write_task(tasks, "tiny", rows)
     # Its own 14,000 tasks take many seconds to index.
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "none" / "manager.py"))
     out = tmp_path / "out.json"

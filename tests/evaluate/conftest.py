@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from helpers import randomise
+from lm_eval_task import write_task
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -49,29 +48,6 @@ def text() -> str:
     return words(700)
 
 
-_DATA = """
-import json
-from pathlib import Path
-import datasets
-
-def rows(**_):
-    lines = (Path(__file__).parent / "rows.jsonl").read_text().splitlines()
-    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
-"""
-_TASK = """
-task: {name}
-custom_dataset: !function data.rows
-dataset_path: json
-output_type: multiple_choice
-test_split: test
-doc_to_text: question
-doc_to_target: answer
-doc_to_choice: choices
-metric_list:
-{metrics}
-"""
-
-
 @pytest.fixture
 def rows() -> list[dict]:
     """Questions of 3 to 30 words, each with four answers of one to four words."""
@@ -86,11 +62,7 @@ def task_folder(tmp_path, rows):
     """Tasks ``tiny`` and ``tiny_norm`` over the same rows, and their group ``tiny_both``."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "data.py").write_text(_DATA)
-    (folder / "tiny.yaml").write_text(_TASK.format(name="tiny", metrics="  - metric: acc"))
-    (folder / "tiny_norm.yaml").write_text(
-        _TASK.format(name="tiny_norm", metrics="  - metric: acc\n  - metric: acc_norm")
-    )
+    write_task(folder, "tiny", rows)
+    write_task(folder, "tiny_norm", rows, ("acc", "acc_norm"))
     (folder / "both.yaml").write_text("group: tiny_both\ntask:\n  - tiny\n  - tiny_norm\n")
     return folder
