@@ -53,7 +53,7 @@ def main(name: str, out: str) -> None:
         skip_last=2,
     )
     report = graphprune.report(pruned)
-    print_tables(report, summary(report, count_macs(model, inputs) // tokens, count_macs(pruned, inputs) // tokens))
+    print_tables(report, summary(report, (count_macs(model, inputs) // tokens, count_macs(pruned, inputs) // tokens)))
 
     say(f"perplexity on oz.txt: {perplexity(model, tokenizer, other):.1f} before, ", end="")
     say(f"{perplexity(pruned, tokenizer, other):.1f} after")

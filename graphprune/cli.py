@@ -125,8 +125,6 @@ def _prune(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.data.calibration import MADE
-    from graphprune.data.texts import data_of
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
@@ -139,8 +137,7 @@ def _prune(options: argparse.Namespace) -> None:
     if options.stream:
         cli_stream.run(options)
         return
-    plan = graphprune.Plan.from_json(read_text(options.plan)) if options.plan else None
-    data = data_of(options.data, MADE)
+    choices = plan_choices(options)
     console = Console(stderr=True)
     with console.status(f"loading {options.model}") as status:
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
@@ -150,34 +147,19 @@ def _prune(options: argparse.Namespace) -> None:
         pruned = graphprune.compile(
             model,
             options.ratio,
-            plan=plan,
             method=options.method or DEFAULT_METHOD,
-            data=data,
             tokenizer=tokenizer,
-            allocation=options.allocation,
             aggregation=options.aggregation,
             unprunable_ratio=options.unprunable_ratio,
-            round_to=options.round_to,
-            include=options.include,
-            exclude=options.exclude,
-            skip_first=options.skip_first,
-            skip_last=options.skip_last,
-            inner_axes=options.inner_axes,
-            width=options.width,
-            experts=options.experts,
-            samples=options.samples,
-            length=options.length,
-            seed=options.seed,
-            device=options.device,
             verify=not options.no_verify,
-            deploy=options.deploy,
             inplace=True,
+            **choices,
             progress=status.update,
         )
         status.update(f"writing {output}")
         save(pruned, output, tokenizer=tokenizer, max_shard_size=options.max_shard_size, portable=options.portable)
     found = graphprune.report(pruned)
-    facts = summary(found, macs, count_macs(pruned, inputs) // positions(inputs))
+    facts = summary(found, (macs, count_macs(pruned, inputs) // positions(inputs)))
     if options.json:
         if found.fields is not None:
             facts |= {"fields": found.fields, "unsaid": found.unsaid}
@@ -187,11 +169,31 @@ def _prune(options: argparse.Namespace) -> None:
         print(f"written to {output}")
 
 
-def summary(report: Any, macs_before: int, macs_after: int) -> dict[str, Any]:
+_PLAN_CHOICES = (
+    *("allocation", "round_to", "include", "exclude", "skip_first", "skip_last", "inner_axes", "width", "experts"),
+    *("samples", "length", "seed", "device", "deploy"),
+)
+
+
+def plan_choices(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``prune`` that mean the same in memory and with ``--stream``, as arguments."""
+    from graphprune import Plan
+    from graphprune.data.calibration import MADE
+    from graphprune.data.texts import data_of
+    from graphprune.io.checked_json import read_text
+
+    return {
+        "plan": Plan.from_json(read_text(options.plan)) if options.plan else None,
+        "data": data_of(options.data, MADE),
+        **{name: getattr(options, name) for name in _PLAN_CHOICES},
+    }
+
+
+def summary(report: Any, macs: tuple[int, int] | None = None) -> dict[str, Any]:
     """The figures of a report as plain data: parameters, MACs and bytes before and after, oracle error, seconds."""
     return {
         "parameters": [report.parameters_before, report.parameters_after],
-        "macs": [macs_before, macs_after],
+        **({} if macs is None else {"macs": list(macs)}),
         "bytes": [report.bytes_before, report.bytes_after],
         "ratio": report.ratio,
         "oracle_error": report.oracle_error,
@@ -224,14 +226,6 @@ def print_tables(report: Any, facts: dict[str, Any]) -> None:
         for block, cells in rows:
             widths.add_row(block, *cells)
         console.print(widths)
-
-
-def read_text(path: str) -> str:
-    """The text of a file. Raises :class:`GraphPruneError`."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraphPruneError(f"{path} cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

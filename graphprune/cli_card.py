@@ -17,7 +17,8 @@ def add_command(commands: Any) -> None:
 
 
 def _card(options: argparse.Namespace) -> None:
-    from graphprune.io.model_card import read_evaluations, update_card
+    from graphprune.evaluate.evaluation import read_evaluations
+    from graphprune.io.model_card import update_card
 
     metadata = {"license": options.license, "base_model": options.base_model}
     update_card(

@@ -29,9 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     import graphprune
-    from graphprune.cli import print_tables, read_text
-    from graphprune.data.calibration import MADE
-    from graphprune.data.texts import data_of
+    from graphprune.cli import plan_choices, print_tables, summary
 
     for name in _NOT_STREAMED:
         if getattr(options, name):
@@ -39,40 +37,19 @@ def run(options: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} runs the whole model: leave it out, or leave out --stream."
             )
     options.interrupted = "the same command goes on from what is written"
-    plan = graphprune.Plan.from_json(read_text(options.plan)) if options.plan else None
+    choices = plan_choices(options)
     with Console(stderr=True).status(f"reading {options.model}") as status:
         found = graphprune.stream(
             options.model,
             options.output,
             options.ratio,
-            plan=plan,
             method=options.method or "magnitude",
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             max_shard_size=options.max_shard_size,
-            deploy=options.deploy,
-            allocation=options.allocation,
-            round_to=options.round_to,
-            include=options.include,
-            exclude=options.exclude,
-            skip_first=options.skip_first,
-            skip_last=options.skip_last,
-            inner_axes=options.inner_axes,
-            width=options.width,
-            experts=options.experts,
-            seed=options.seed,
-            data=data_of(options.data, MADE),
-            samples=options.samples,
-            length=options.length,
-            device=options.device,
             progress=status.update,
+            **choices,
         )
-    facts = {
-        "parameters": [found.parameters_before, found.parameters_after],
-        "bytes": [found.bytes_before, found.bytes_after],
-        "ratio": found.ratio,
-        "oracle_error": found.oracle_error,
-        "seconds": found.total_seconds,
-    }
+    facts = summary(found)
     if options.json:
         more = {"widths": found.widths, "skipped": found.skipped, "output": options.output}
         print(json.dumps({**facts, **more}, indent=1))

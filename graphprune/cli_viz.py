@@ -79,6 +79,7 @@ def draw(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> tuple[Plan | None, dict[str, tuple[int, int]]]:
     """The plan to show, and the width of every group before and after it."""
+    from graphprune.io.checked_json import read_text
     from graphprune.io.manifest import MANIFEST, read_manifest
     from graphprune.ir.plan import Plan
     from graphprune.reporting import widths_over_all
@@ -89,8 +90,5 @@ def _plan(options: argparse.Namespace) -> tuple[Plan | None, dict[str, tuple[int
         return done.plan, widths_over_all(done)
     if not options.plan:
         return None, {}
-    try:
-        plan = Plan.from_json(source.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraphPruneError(f"{source} cannot be read: {error}") from error
+    plan = Plan.from_json(read_text(source))
     return plan, plan.widths()

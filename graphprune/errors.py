@@ -1,4 +1,4 @@
-"""The one error class of the project."""
+"""The one error class of the project, and what it says of others."""
 
 
 class GraphPruneError(Exception):
@@ -6,3 +6,8 @@ class GraphPruneError(Exception):
 
     Whenever it is raised, the user's model and files are as they were before the call.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an error of some library, of which the rest may be pages."""
+    return str(error).strip().split("\n")[0]

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from graphprune.evaluate.perplexity import perplexity
 from graphprune.evaluate.size import checkpoint_bytes, parameter_bytes
 from graphprune.evaluate.tasks import Scores, Tasks, average
 from graphprune.evaluate.timing import Latency, latency
-from graphprune.io.checked_json import of_kind, take
+from graphprune.io.checked_json import of_kind, read_json, take
 from graphprune.trace.inputs import example_inputs_for, normalise
 
 
@@ -88,6 +89,11 @@ class Evaluation:
             )
         except ValueError as error:  # a text that is no number
             raise GraphPruneError(f"{where} is damaged: {error}.") from None
+
+
+def read_evaluations(path: str | os.PathLike[str]) -> dict[str, Evaluation]:
+    """The file that ``graphprune eval -o`` wrote: title → evaluation. Raises :class:`GraphPruneError`."""
+    return {title: Evaluation.from_dict(one, f"{path}: {title}") for title, one in read_json(Path(path)).items()}
 
 
 def _latency(data: dict[str, Any], where: str) -> Latency:

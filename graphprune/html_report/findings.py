@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
-from graphprune.evaluate.evaluation import Evaluation, finite
-from graphprune.io.checked_json import read_json
+from graphprune.evaluate.evaluation import Evaluation, finite, read_evaluations
+from graphprune.io.checked_json import read_text
 from graphprune.io.manifest import MANIFEST, read_manifest
 from graphprune.io.report_json import report_to_data
 from graphprune.ir.knowledge import Knowledge
@@ -87,12 +87,10 @@ def collect(
         found.class_name, found.versions, found.reports = manifest.class_name, manifest.versions, [*last.history, last]
     found.stages = _stages(folder)
     for path in (*([folder / EVALUATION] if (folder / EVALUATION).is_file() else []), *map(Path, evaluations)):
-        found.evaluations |= {
-            name: Evaluation.from_dict(one, f"{path}: {name}") for name, one in read_json(path).items()
-        }
+        found.evaluations |= read_evaluations(path)
     said = folder / KNOWLEDGE if knowledge is None else Path(knowledge)
     if knowledge is not None or said.is_file():
-        found.knowledge = Knowledge.from_json(_text(said))
+        found.knowledge = Knowledge.from_json(read_text(said))
     if not (found.reports or found.stages or found.evaluations or found.knowledge):
         raise GraphPruneError(
             f"{folder} holds nothing to report: it was written neither by graphprune.save, nor by shear or recover."
@@ -107,10 +105,3 @@ def _stages(folder: Path) -> list[Stage]:
         if done:
             return [read_stage(path) for path in done]
     return []
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraphPruneError(f"{path} cannot be read: {error}") from error

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from graphprune.folding import by_block, by_key, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
-from graphprune.html_report.tables import changes, evaluation, fields, skipped, stage_table, timings
+from graphprune.html_report.tables import changes, evaluation, fields, skipped, timings
 from graphprune.ir.knowledge import MEASURES, Knowledge
 from graphprune.pages.document import document, resource
 from graphprune.recovery.recover import Stage
+from graphprune.recovery.report import stage_table
 
 
 def to_html(findings: Findings) -> str:

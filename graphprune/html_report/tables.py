@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from graphprune.evaluate.evaluation import Evaluation
 from graphprune.evaluate.table import compared
 from graphprune.folding import starred
-from graphprune.recovery.recover import Stage
 from graphprune.reporting import Report
 
 
@@ -50,20 +49,3 @@ def evaluation(evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[l
     for number, name in enumerate(evaluations):
         head += [name, "change"] if number else [name]
     return head, [[title, *cells] for title, cells in compared(evaluations)]
-
-
-def stage_table(stage: Stage) -> tuple[list[str], list[list[str]]]:
-    """Head and rows: the validation loss of every source after every round, with its share of the round."""
-    rows = [["before", *_losses(stage.start)]]
-    for number, one in enumerate(stage.rounds, 1):
-        kept = " (kept)" if number == stage.best else ""
-        rows.append([f"round {number}{kept}", *_losses(one.losses, one.weights)])
-    if stage.dense is not None:
-        rows.append(["full model", *_losses(stage.dense)])
-    return ["", *stage.start, "mean"], rows
-
-
-def _losses(losses: Mapping[str, float], weights: Mapping[str, float] | None = None) -> list[str]:
-    shares = {name: f" ({weight:.0%})" for name, weight in (weights or {}).items()}
-    found = [f"{loss:.4f}{shares.get(name, '')}" for name, loss in losses.items()]
-    return [*found, f"{sum(losses.values()) / len(losses):.4f}"]

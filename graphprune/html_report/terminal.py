@@ -10,7 +10,8 @@ from rich.table import Table
 
 from graphprune.folding import by_block
 from graphprune.html_report.findings import Findings
-from graphprune.html_report.tables import changes, evaluation, fields, skipped, stage_table, timings
+from graphprune.html_report.tables import changes, evaluation, fields, skipped, timings
+from graphprune.recovery.report import stage_table
 
 
 def show(findings: Findings, console: Console | None = None) -> None:

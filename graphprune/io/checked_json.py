@@ -29,6 +29,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file that a person may have written. Raises :class:`GraphPruneError` when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraphPruneError(f"{path} cannot be read: {error}") from error
+
+
 def take(data: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> Any:
     """``data[key]``, which must be there and of that kind; ``bool`` is no ``int`` here."""
     if key not in data:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.io.manifest import CONFIG, MANIFEST, Manifest
 from graphprune.io.stored_config import read_config
 
@@ -102,8 +102,7 @@ def _from_config(found: Any, manifest: Manifest, folder: Path, dtype: torch.dtyp
     except GraphPruneError:
         raise
     except Exception as error:  # whatever a strange config makes a constructor do
-        reason = str(error).strip().split("\n")[0]
-        raise GraphPruneError(f"{folder / CONFIG} describes no {manifest.class_name}: {reason}") from error
+        raise GraphPruneError(f"{folder / CONFIG} describes no {manifest.class_name}: {first_line(error)}") from error
 
 
 def _refuse_absurd(model: nn.Module, manifest: Manifest) -> None:

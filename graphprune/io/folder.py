@@ -30,12 +30,12 @@ from graphprune.deploy.quantization_config import quantization_config
 from graphprune.deploy.resize import refresh_torch_attributes
 from graphprune.deploy.sizes_left import Sizes, in_state_dict, sizes_left
 from graphprune.deploy.stock import Stock, settings_of
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.io.atomic import new_folder
 from graphprune.io.checked_json import read_json
 from graphprune.io.empty_model import Factory, class_in_transformers, empty_model
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest, reports_to_data, write_manifest
-from graphprune.io.model_card import update_card, write_card
+from graphprune.io.model_card import write_card
 from graphprune.io.stored_config import write_config
 from graphprune.io.tensors import Held, held_tensors, replace_tensor, same_values
 from graphprune.io.weight_files import WriteShard, check_files, fingerprint, read_weights, write_weights
@@ -88,9 +88,8 @@ def save(
         with new_folder(target) as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            write_folder(model, done, folder, max_shard_size, portable=portable)
-            if metadata or evaluations:
-                update_card(folder, metadata=metadata, evaluations=evaluations)
+            card = {"metadata": metadata, "evaluations": evaluations}
+            write_folder(model, done, folder, max_shard_size, portable=portable, card=card)
     except (OSError, SafetensorError, ValueError) as error:
         raise GraphPruneError(f"{target} could not be written: {error}.") from error
 
@@ -103,8 +102,12 @@ def write_folder(
     *,
     portable: bool = False,
     write_shard: WriteShard | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write all but the tokenizer into ``folder``; ``write_shard`` may know weights that are not in memory."""
+    """Write all but the tokenizer into ``folder``.
+
+    ``write_shard`` may know weights that are not in memory; ``card`` has more arguments of :func:`write_card`.
+    """
     name = type(model).__name__
     held = held_tensors(model) if done.fields is None else _without_computed(model, done)
     sizes = _sizes(model, done, held, portable)
@@ -136,7 +139,7 @@ def write_folder(
         # Whoever changed the model after pruning (new tokens, adapters) is told now, not when loading.
         _shaped_model(manifest, folder, manifest.report(None), None, None)
     loader = "transformers" if done.fields is not None else auto_classes(model)[0] if portable else "graphprune"
-    write_card(folder, done, name, loader)
+    write_card(folder, done, name, loader, **(card or {}))
 
 
 def _sizes(model: nn.Module, done: Report, held: dict[str, Held], portable: bool) -> Sizes | None:
@@ -208,8 +211,7 @@ def load(
     """
     folder = Path(directory)
     place = _checked_device(device)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise GraphPruneError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
+    check_dtype(dtype)
     manifest = read_manifest(folder)
     check_files(manifest, folder)
     done = manifest.report(None)
@@ -245,6 +247,12 @@ def _complete(
     _refuse_meta(built)
 
 
+def check_dtype(dtype: Any) -> None:
+    """Raises :class:`GraphPruneError` unless ``dtype`` is None or one of floating-point numbers."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise GraphPruneError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
+
+
 def _checked_device(device: Any) -> torch.device:
     try:
         place = torch.device(device)
@@ -252,7 +260,7 @@ def _checked_device(device: Any) -> torch.device:
             torch.empty(0, device=place)
             return place
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise GraphPruneError(f"device {device!r} cannot be used: {str(error).split(chr(10))[0]}") from error
+        raise GraphPruneError(f"device {device!r} cannot be used: {first_line(error)}") from error
     raise GraphPruneError("device cannot be 'meta': that would load no weights.")
 
 

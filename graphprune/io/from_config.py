@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 
 
 def model_from_config(name: str) -> nn.Module:
@@ -22,6 +22,5 @@ def model_from_config(name: str) -> nn.Module:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config) if named is None else named(config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise GraphPruneError(f"No model could be built from the config of {name}: {reason}") from error
+        raise GraphPruneError(f"No model could be built from the config of {name}: {first_line(error)}") from error
     return model.eval()

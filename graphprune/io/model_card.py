@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from graphprune.errors import GraphPruneError
+from graphprune.folding import starred
 from graphprune.io.atomic import replace_file
-from graphprune.io.checked_json import read_json
 from graphprune.reporting import Report
 
 if TYPE_CHECKING:
@@ -91,14 +91,6 @@ def update_card(
         replace_file(path, _with_metadata(card.data.to_dict() | dict(metadata or {}), text.lstrip("\n")))
     except OSError as error:
         raise GraphPruneError(f"{path} could not be written: {error}.") from error
-
-
-def read_evaluations(path: str | PathLike[str]) -> dict[str, Evaluation]:
-    """The file that ``graphprune eval -o`` wrote: title → evaluation."""
-    from graphprune.evaluate.evaluation import Evaluation
-
-    where = Path(path)
-    return {title: Evaluation.from_dict(one, f"{where}: {title}") for title, one in read_json(where).items()}
 
 
 def _with_metadata(data: dict[str, Any], body: str) -> str:
@@ -219,7 +211,7 @@ def _widths(widths: dict[str, tuple[int, int]]) -> list[list[str]]:
     """A row per kind of axis: over all blocks."""
     found: dict[str, list[tuple[int, int]]] = {}
     for name, pair in widths.items():
-        found.setdefault(re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name), []).append(pair)
+        found.setdefault(starred(name), []).append(pair)
     return [
         [_code(name), str(len(pairs)), _range(old for old, _ in pairs), _range(new for _, new in pairs)]
         for name, pairs in found.items()

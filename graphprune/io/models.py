@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 
 # transformers has one Auto class per task; they are tried in this order until one knows the config.
 _AUTO_CLASSES = (
@@ -69,8 +69,7 @@ def _load_pretrained(name: str, dtype: torch.dtype | None) -> nn.Module:
         architecture = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], auto)
         return architecture.from_pretrained(name, **arguments)
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip().split("\n")[0]
-        raise GraphPruneError(f"{name} could not be loaded: {text}") from error
+        raise GraphPruneError(f"{name} could not be loaded: {first_line(error)}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

@@ -116,11 +116,12 @@ def check_files(manifest: Manifest, folder: Path) -> None:
                 raise GraphPruneError(f"{path} does not match its checksum: the copy is damaged.")
         except OSError as error:
             raise GraphPruneError(f"{path} could not be read: {error.strerror or error}.") from error
-    for name in _weight_files(manifest):
+    for name in weight_files(manifest):
         _check_table(manifest, folder / name)
 
 
-def _weight_files(manifest: Manifest) -> list[str]:
+def weight_files(manifest: Manifest) -> list[str]:
+    """The names of the safetensors files of a folder."""
     return [name for name in manifest.files if name.endswith(".safetensors")]
 
 
@@ -154,7 +155,7 @@ def read_weights(
     ``dtype`` is for the floating-point tensors of the state dict; the others keep theirs, as in transformers.
     """
     found = {}
-    for file_name in _weight_files(manifest):
+    for file_name in weight_files(manifest):
         with _open(folder / file_name) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 stored = manifest.tensors[name]

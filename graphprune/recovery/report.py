@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,7 @@ def write_report(folder: Path, settings: dict[str, Any], stages: list[Stage], ev
     lines += _table(["", *evaluations], [[title, *cells] for title, cells in _measured(evaluations)])
     for stage in stages:
         lines += ["", f"## Recovery: {stage.name}", "", _summary(stage), ""]
-        rows = [["before", *_cells(stage.start)]]
-        rows += [
-            [f"round {number}{' (kept)' if number == stage.best else ''}", *_cells(one.losses, one.weights)]
-            for number, one in enumerate(stage.rounds, 1)
-        ]
-        if stage.dense is not None:
-            rows.append(["full model", *_cells(stage.dense)])
-        lines += _table(["", *stage.start, "mean"], rows)
+        lines += _table(*stage_table(stage))
     if stages and importlib.util.find_spec("matplotlib") is not None:
         plot_mixing(stages, folder / PLOT)
         lines += ["", f"![shares and losses of every source by round]({PLOT})"]
@@ -42,7 +36,18 @@ def _summary(stage: Stage) -> str:
     )
 
 
-def _cells(losses: dict[str, float], weights: dict[str, float] | None = None) -> list[str]:
+def stage_table(stage: Stage) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the validation loss of every source after every round, with its share of the round."""
+    rows = [["before", *_losses(stage.start)]]
+    for number, one in enumerate(stage.rounds, 1):
+        kept = " (kept)" if number == stage.best else ""
+        rows.append([f"round {number}{kept}", *_losses(one.losses, one.weights)])
+    if stage.dense is not None:
+        rows.append(["full model", *_losses(stage.dense)])
+    return ["", *stage.start, "mean"], rows
+
+
+def _losses(losses: Mapping[str, float], weights: Mapping[str, float] | None = None) -> list[str]:
     shares = {name: f" ({weight:.0%})" for name, weight in (weights or {}).items()}
     found = [f"{loss:.4f}{shares.get(name, '')}" for name, loss in losses.items()]
     return [*found, f"{sum(losses.values()) / len(losses):.4f}"]

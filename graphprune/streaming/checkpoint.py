@@ -9,10 +9,10 @@ from pathlib import Path
 from graphprune.errors import GraphPruneError
 from graphprune.io.checked_json import of_kind, read_json, take
 from graphprune.io.fingerprint import fingerprint
+from graphprune.io.weight_files import INDEX
 from graphprune.streaming.tensor_files import OnDisk, TensorFile
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # No separators, no leading dot: such a name cannot leave the folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.trace.stored import Stored
 
 
@@ -138,6 +138,7 @@ def converted(model: Any, tensors: Mapping[str, Stored], where: str) -> tuple[di
         try:
             found |= group.results()
         except Exception as error:  # whatever strange shapes make it do
-            reason = str(error).strip().split("\n")[0]
-            raise GraphPruneError(f"{where}: the weights of {name!r} do not fit together: {reason}") from error
+            raise GraphPruneError(
+                f"{where}: the weights of {name!r} do not fit together: {first_line(error)}"
+            ) from error
     return found, unknown

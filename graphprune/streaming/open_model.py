@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.io.checked_json import read_json
 from graphprune.io.empty_model import at_most, class_in_transformers, without_weights
 from graphprune.io.manifest import CONFIG
@@ -98,7 +98,7 @@ def _built(
 
 
 def _no_config(folder: Path, error: Exception) -> GraphPruneError:
-    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    reason = first_line(error) or type(error).__name__
     return GraphPruneError(f"{folder / CONFIG} describes no model of transformers: {reason}")
 
 

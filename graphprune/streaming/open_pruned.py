@@ -11,7 +11,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.io.checked_json import read_json
 from graphprune.io.folder import load_stored
 from graphprune.io.manifest import CONFIG, Manifest, read_manifest
-from graphprune.io.weight_files import check_files
+from graphprune.io.weight_files import check_files, weight_files
 from graphprune.streaming.checked import Checked
 from graphprune.streaming.checkpoint import Checkpoint, open_checkpoint
 from graphprune.streaming.config_limits import check_limits
@@ -22,8 +22,7 @@ def open_manifest(folder: Path) -> tuple[Manifest, Checkpoint]:
     """What graphprune.json says and the weight files, every one exactly as it was written."""
     manifest = read_manifest(folder)
     check_files(manifest, folder)
-    names = [name for name in manifest.files if name.endswith(".safetensors")]
-    return manifest, open_checkpoint(folder, names)
+    return manifest, open_checkpoint(folder, weight_files(manifest))
 
 
 def open_pruned(folder: Path, manifest: Manifest, checkpoint: Checkpoint, dtype: torch.dtype | None) -> nn.Module:

@@ -16,8 +16,9 @@ from torch import nn
 import graphprune
 from graphprune.compiler import compile
 from graphprune.errors import GraphPruneError
+from graphprune.io.atomic import refuse_existing
 from graphprune.io.fingerprint import fingerprint, of_batches
-from graphprune.io.folder import GENERATION_CONFIG, write_folder
+from graphprune.io.folder import GENERATION_CONFIG, check_dtype, write_folder
 from graphprune.io.manifest import CONFIG, MANIFEST, StoredFile
 from graphprune.io.tensors import held_tensors
 from graphprune.ir.plan import Plan
@@ -97,8 +98,7 @@ def stream(
     """
     source, target = Path(os.path.abspath(folder)), Path(os.path.abspath(directory))
     _check(source, method, plan, dtype)
-    if os.path.lexists(target):
-        raise GraphPruneError(f"{target} exists already and is left as it is: give a folder that does not exist yet.")
+    refuse_existing(target)
     choices: dict[str, Any] = {
         "method": method,
         "deploy": deploy,
@@ -161,8 +161,7 @@ def _check(source: Path, method: str, plan: Plan | None, dtype: Any) -> None:
             f"{method!r} needs gradients or trains, for which the model has to be in memory: choose one of "
             f"{', '.join((*WEIGHTS, *ACTIVATIONS))}, or replay a plan that it made."
         )
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise GraphPruneError(f"dtype must be a floating-point torch.dtype, not {dtype!r}.")
+    check_dtype(dtype)
 
 
 def _open(source: Path, dtype: torch.dtype | None, stack: ExitStack) -> tuple[nn.Module, Checkpoint]:

@@ -21,7 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.trace.adapters import show_all_adapters
 from graphprune.trace.backends import use_portable
 from graphprune.trace.fold_blocks import BLOCK_KEY, CannotFold, Copy, Folder, add_inputs, nobody_looks_inside, unroll
@@ -320,7 +320,7 @@ def _line(error: Exception) -> str:
 def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
     last = _last_frame(error)
     where = f"{last.filename}:{last.lineno} in {last.name}: {last.line}" if last else "unknown line"
-    text = str(error).strip().split("\n")[0][:300]
+    text = first_line(error)[:300]
     name = type(model).__name__
     kind = type(error).__name__
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

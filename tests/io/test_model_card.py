@@ -19,7 +19,8 @@ import graphprune
 from graphprune import GraphPruneError
 from graphprune.cli import main
 from graphprune.evaluate import Evaluation, Latency
-from graphprune.io.model_card import read_evaluations, write_card
+from graphprune.evaluate.evaluation import read_evaluations
+from graphprune.io.model_card import write_card
 
 EVALUATION = Evaluation(
     parameters=31_337,
