@@ -31,7 +31,10 @@ each that can be reached at a ratio: of ours the method's own allocation, of oth
 "bare" is ``graphprune.compile(model, ratio)``: what comes of no choice at all.
 
 **With** ``--recover TOKENS`` every method is also trained back, on so many tokens, as its paper does it
-(:mod:`quality_recovery`): ``calib/`` holds the sources of text, ``instruct/`` the instructions. ``--seed`` draws anew.
+(:mod:`quality_recovery`): ``calib/`` holds the sources of text, ``instruct/`` the instructions. Each of ``--seeds`` is
+a cell, and tables show their mean, least and most; a cell is measured by everything at once.
+
+``--parallel`` runs so many cells side by side, for a GPU that one small model does not fill.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +64,7 @@ CALIBRATION = "calib/c4.jsonl"
 TEXT = "wikitext2/wikitext2_raw_test_rows.jsonl"
 TASKS = "lm_eval_tasks"
 ALL_TASKS = ["local_commonsense"]
+TRAINING = ("batch", "rank", "lr", "distill", "bf16")  # options of --recover, as given
 
 Setting = dict[str, Any]
 Result = dict[str, Any]
@@ -84,7 +89,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
 class Cell:
     """Everything that a result depends on, as plain data: a finished cell is known by being equal.
 
-    ``measures``: ``{"lengths": [...], "tokens": n or None}`` or ``{"tasks": [...], "limit": n or None}``.
+    ``measures``: ``{"lengths": [...], "tokens": n or None}`` or ``{"tasks": [...], "limit": n or None}``, or both.
     """
 
     method: str
@@ -99,8 +104,8 @@ class Cell:
 # ------------------------------------------------------------------------------------------- in a cell's own process
 
 
-def measure(cell: Cell) -> Result:
-    """Load, prune and measure in this process.
+def measure(cell: Cell, work: Path) -> Result:
+    """Load, prune and measure in this process; ``work`` is a folder for what cells share.
 
     Raises :class:`ValueError` when what was removed is more than one channel per layer off the ratio.
     """
@@ -117,7 +122,7 @@ def measure(cell: Cell) -> Result:
     start = time.perf_counter()
     seconds = 0.0
     if cell.method != DENSE:
-        model, seconds = _pruned(cell, model, tokenizer, device)
+        model, seconds = _pruned(cell, model, tokenizer, device, work)
     after = sum(parameter.numel() for parameter in model.parameters())
     removed = 1 - after / before
     if abs(removed - cell.ratio) > tolerance:
@@ -133,7 +138,7 @@ def measure(cell: Cell) -> Result:
     }
 
 
-def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any) -> tuple[Any, float]:
+def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any, work: Path) -> tuple[Any, float]:
     """The pruned model, and the seconds from the calibration tokens to it."""
     from quality_peers import PEERS
 
@@ -142,10 +147,10 @@ def _pruned(cell: Cell, model: Any, tokenizer: Any, device: Any) -> tuple[Any, f
     rows = calibration_rows(cell.data, tokenizer, **cell.calibration).to(device)
     start = time.perf_counter()
     if "recover" in cell.setting:
-        from quality_recovery import recovered
+        from quality_recovery import TrainBack, recovered
 
-        tokens, seed = cell.setting["recover"], cell.setting["seed"]
-        pruned = recovered(model, tokenizer, cell.method, cell.ratio, rows, Path(cell.data), tokens, seed)
+        how = TrainBack(**cell.setting)
+        pruned = recovered(model, tokenizer, cell.method, cell.ratio, rows, Path(cell.data), work, how)
     elif cell.method in PEERS:
         pruned = PEERS[cell.method](model, cell.ratio, rows, cell.setting)
     elif cell.method == BARE:
@@ -172,25 +177,25 @@ def evaluation_text(data: str | Path) -> str:
 def _measured(cell: Cell, model: Any, tokenizer: Any) -> Result:
     from graphprune.evaluate import Tasks, average, perplexity
 
+    found: Result = {}
     if "tasks" in cell.measures:
         tasks = Tasks(cell.measures["tasks"], include_path=Path(cell.data, TASKS), limit=cell.measures["limit"])
         scores = tasks.scores(model, tokenizer)
-        return {"tasks": scores, "average": average(scores)}
-    text = evaluation_text(cell.data)
-    found = {
-        str(length): perplexity(model, tokenizer, text, length=length, tokens=cell.measures["tokens"])
-        for length in cell.measures["lengths"]
-    }
-    # JSON has no infinity; float() reads it back.
-    return {"perplexity": {length: value if value < float("inf") else "inf" for length, value in found.items()}}
+        found |= {"tasks": scores, "average": average(scores)}
+    if "lengths" in cell.measures:
+        text, tokens = evaluation_text(cell.data), cell.measures["tokens"]
+        values = {n: perplexity(model, tokenizer, text, length=n, tokens=tokens) for n in cell.measures["lengths"]}
+        # JSON has no infinity; float() reads it back.
+        found["perplexity"] = {str(n): value if value < float("inf") else "inf" for n, value in values.items()}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ all the cells
 
 
-def run_cell(cell: Cell, timeout: float) -> Result:
+def run_cell(cell: Cell, work: Path, timeout: float) -> Result:
     """Measure in a process of its own; whatever becomes of it, it is a result: ``{"failed": why}`` if it has none."""
-    command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell))]
+    command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell)), str(work)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -236,8 +241,10 @@ class Scoreboard:
     kept: Kept
 
     def settings(self, method: str) -> tuple[Setting, ...]:
-        if self.arguments.recover and method != DENSE:
-            return ({"recover": self.arguments.recover, "seed": self.arguments.seed},)
+        a = self.arguments
+        if a.recover and method != DENSE:
+            given = {name: getattr(a, name) for name in TRAINING if getattr(a, name)}
+            return tuple({"recover": a.recover, "seed": seed, **given} for seed in a.seeds)
         return SETTINGS.get(method, OURS)
 
     def ratios(self, method: str) -> list[float]:
@@ -245,7 +252,8 @@ class Scoreboard:
 
     def cell(self, method: str, setting: Setting, ratio: float, tasks: bool = False) -> Cell:
         a = self.arguments
-        measures = {"tasks": a.tasks, "limit": a.limit} if tasks else {"lengths": a.lengths, "tokens": a.tokens or None}
+        texts, questions = {"lengths": a.lengths, "tokens": a.tokens or None}, {"tasks": a.tasks, "limit": a.limit}
+        measures = {**texts, **questions} if a.recover and a.tasks else questions if tasks else texts
         calibration = {"samples": a.samples, "length": a.length}
         return Cell(method, setting, ratio, measures, a.model, str(a.data), calibration)
 
@@ -268,36 +276,63 @@ class Scoreboard:
         known = [(setting, result) for setting, result in found if result and "failed" not in result]
         return min(known, key=lambda pair: float(pair[1]["perplexity"][first]), default=None)
 
+    def shown(self, method: str, ratio: float, tasks: bool = False) -> list[Result]:
+        """What the tables show of a method: its best setting, or every seed of a recovery; and what failed of it."""
+        if self.arguments.recover:
+            settings = self.settings(method)
+        else:
+            best = self.best(method, ratio)
+            settings = (best[0],) if best else ()
+        results = [self.kept.result(self.cell(method, setting, ratio, tasks)) for setting in settings]
+        return [result for result in results if result]
+
     def task_cells(self) -> list[Cell]:
-        """The best settings, as far as perplexities are known."""
-        if not self.arguments.tasks:
+        """The best settings, as far as perplexities are known. What is trained back is measured by all at once."""
+        if self.arguments.recover or not self.arguments.tasks:
             return []
         pairs = [(method, ratio) for method in [DENSE, *self.arguments.methods] for ratio in self.ratios(method)]
         found = [(method, ratio, self.best(method, ratio)) for method, ratio in pairs]
         return [self.cell(method, best[0], ratio, tasks=True) for method, ratio, best in found if best]
 
     def run(self, cells: Sequence[Cell]) -> None:
-        """Measure what is not there yet."""
-        for number, cell in enumerate(cells, 1):
-            known = self.kept.result(cell)
-            if known is not None and not (self.arguments.retry and "failed" in known):
-                continue
-            if self.arguments.first and self.best(cell.method, cell.ratio) and "tasks" not in cell.measures:
-                continue
-            kind = "tasks" if "tasks" in cell.measures else "perplexity"
-            what = f"{cell.method} {cell.ratio:.0%} {json.dumps(cell.setting)}"
-            print(f"{number:4} of {len(cells)}  {kind}  {what}", file=sys.stderr, flush=True)
-            result = run_cell(cell, self.arguments.timeout)
+        """Measure what is not there yet, ``--parallel`` cells side by side."""
+        running: dict[Future[Result], Cell] = {}
+        with ThreadPoolExecutor(self.arguments.parallel) as pool:
+            for number, cell in enumerate(cells, 1):
+                if len(running) == self.arguments.parallel:
+                    self._keep(running)
+                if not self._wanted(cell):
+                    continue
+                kind = "tasks" if "lengths" not in cell.measures else "perplexity"
+                what = f"{cell.method} {cell.ratio:.0%} {json.dumps(cell.setting)}"
+                print(f"{number:4} of {len(cells)}  {kind}  {what}", file=sys.stderr, flush=True)
+                work = self.arguments.output.with_suffix(".work")
+                running[pool.submit(run_cell, cell, work, self.arguments.timeout)] = cell
+            while running:
+                self._keep(running)
+
+    def _wanted(self, cell: Cell) -> bool:
+        known = self.kept.result(cell)
+        if known is not None and not (self.arguments.retry and "failed" in known):
+            return False
+        other = self.arguments.first and not self.arguments.recover and "lengths" in cell.measures
+        return not (other and self.best(cell.method, cell.ratio))
+
+    def _keep(self, running: dict[Future[Result], Cell]) -> None:
+        """Wait until a cell is finished, and keep its result."""
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            cell, result = running.pop(done), done.result()
             self.kept.add(cell, result)
             said = result.get("failed") or result.get("perplexity") or result.get("average")
-            print(f"{'FAILED ' if 'failed' in result else ''}{said}".rjust(12), file=sys.stderr, flush=True)
+            about = f"{cell.method} {cell.ratio:.0%}: " if self.arguments.parallel > 1 else ""
+            print(f"{about}{'FAILED ' if 'failed' in result else ''}{said}".rjust(12), file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 when every cell has a result, also where that is that it failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--cell"]:
-        print(json.dumps(measure(Cell(**json.loads(argv[1])))))
+        print(json.dumps(measure(Cell(**json.loads(argv[1])), Path(argv[2]))))
         return 0
     arguments = _arguments(argv)
     from quality_report import write_report
@@ -332,7 +367,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--ratios", type=_ratio, nargs="+", default=[0.1, 0.2, 0.3, 0.5])
     add("--methods", nargs="+", metavar="METHOD", help=f"by default {', '.join(everything)}; with --recover others")
     add("--recover", type=int, metavar="TOKENS", help="train back on so many tokens, as the paper of each method does")
-    add("--seed", type=int, default=0, help="of recovery (default %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], help="of recovery, each for itself (default 0)")
+    add("--batch", type=int, metavar="ROWS", help="of recovery, rows per step")
+    add("--rank", type=int, help="of recovery, of LoRA")
+    add("--lr", type=float, help="of recovery, the learning rate")
+    add("--distill", type=float, metavar="W", help="of recovery, weight of the dense model's predictions in the loss")
+    add("--bf16", action="store_true", help="of recovery, train in bfloat16 by autocast")
     add("--tokens", type=int, default=20_000, help="of the text; 0 for all of it (default %(default)s)")
     add("--lengths", type=int, nargs="+", default=[128, 2048], help="tokens per window; the first decides what is best")
     add("--tasks", nargs="*", metavar="TASK", help=f"also run these, by default {', '.join(ALL_TASKS)}")
@@ -340,6 +380,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--samples", type=int, default=64, help="rows to calibrate on (default %(default)s)")
     add("--length", type=int, default=256, help="tokens per row (default %(default)s)")
     add("--timeout", type=float, default=7200, metavar="S", help="seconds for one cell (default %(default)s)")
+    add("--parallel", type=int, default=1, metavar="N", help="cells side by side (default %(default)s)")
     add("--first", action="store_true", help="only the first setting of each method that can be reached")
     add("--retry", action="store_true", help="do cells that failed again")
     arguments = parser.parse_args(argv)

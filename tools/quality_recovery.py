@@ -1,6 +1,7 @@
 """What ``bench_quality --recover`` does: prune, and train back on so many tokens as the paper of each method does.
 
-All see the same number of tokens, those of training while pruning included, in rows of the same length:
+All see the same number of tokens, those of training while pruning included, in rows of the same length, with the same
+:class:`Recovered`:
 
 - lorashear: LHSPG fades what ``ppm`` would remove, for 25 steps; then four fifths of the tokens that are left are text
   of all sources, mixed by what was lost on them, and one fifth are instructions.
@@ -12,6 +13,7 @@ All see the same number of tokens, those of training while pruning included, in 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +22,9 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.data.corpus import Corpus, prepare
+from graphprune.data.corpus import prepare
 from graphprune.data.sources import sources_of
+from graphprune.passes.add_adapters import Adapters
 from graphprune.passes.methods import METHODS, passes_of
 from graphprune.passes.train_adapters import Training
 from graphprune.passes.train_lhspg import Lhspg, train_lhspg
@@ -31,45 +34,75 @@ from graphprune.recovery.settings import Recovery
 
 TEXTS, INSTRUCTIONS = "calib", "instruct/alpaca_cleaned_first5000.jsonl"
 RECOVERED = ("lorashear", "llm-pruner", "loraprune", "slimgpt", "flap")
-ROUNDS, BATCH, VALIDATION = 6, 8, 8
+ROUNDS, VALIDATION = 6, 8
 _FADING = Lhspg(warmup_steps=5, periods=4, period_steps=5, final_steps=0)
 _TEXT_SHARE = {"lorashear": 0.8, "loraprune": 0.0, "llm-pruner": 0.0, "slimgpt": 0.0, "flap": 0.0}
 
 
-def recovered(
-    model: nn.Module, tokenizer: Any, method: str, ratio: float, rows: torch.Tensor, data: Path, tokens: int, seed: int
-) -> nn.Module:
-    """``model`` pruned by ``method`` and trained back on ``tokens`` tokens.
+@dataclass(frozen=True)
+class TrainBack:
+    """How every method is trained back: on ``recover`` tokens; the others as in :class:`Recovery`."""
 
-    ``rows`` are what is calibrated on, int64 of shape ``(rows, length)``.
+    recover: int
+    seed: int = 0
+    batch: int = 8
+    rank: int = 8
+    lr: float = 1e-3
+    distill: float = 0.0
+    bf16: bool = False
+
+    def settings(self, steps: int) -> Recovery:
+        """Of a stage of so many steps a round."""
+        return Recovery(
+            adapters=Adapters(rank=self.rank, alpha=2 * self.rank),
+            lr=self.lr,
+            batch=self.batch,
+            rows_at_once=self.batch,
+            round_steps=steps,
+            rounds=ROUNDS,
+            distill=self.distill,
+            bf16=self.bf16,
+            seed=self.seed,
+        )
+
+
+def recovered(
+    model: nn.Module,
+    tokenizer: Any,
+    method: str,
+    ratio: float,
+    rows: torch.Tensor,
+    data: Path,
+    work: Path,
+    how: TrainBack,
+) -> nn.Module:
+    """``model`` pruned by ``method`` and trained back.
+
+    ``rows`` are what is calibrated on, int64 of shape ``(rows, length)``; ``work`` keeps the tokens, for all cells.
     """
     length = rows.shape[1]
     batches = [{"input_ids": batch} for batch in rows.split(4)]
-    how, used = _passes(method, tokens, rows[:4].numel(), seed)
-    pruned = graphprune.compile(model, ratio, method=method, passes=how, data=batches, seed=seed)
-    left = max(0, tokens - used)
+    passes, used = _passes(method, how, rows[:4].numel())
+    pruned = graphprune.compile(model, ratio, method=method, passes=passes, data=batches, seed=how.seed)
+    left = max(0, how.recover - used)
     texts = left * _TEXT_SHARE.get(method, 1.0)
     with TemporaryDirectory(prefix="recovery-") as folder:
         for given, instruct, share in ((TEXTS, False, texts), (INSTRUCTIONS, True, left - texts)):
-            steps = round(share / (BATCH * length) / ROUNDS)
+            steps = round(share / (how.batch * length) / ROUNDS)
             if steps:
-                corpora = _corpora(data / given, instruct, tokenizer, folder, length, seed)
-                settings = Recovery(batch=BATCH, rows_at_once=BATCH, round_steps=steps, rounds=ROUNDS, seed=seed)
-                pruned = recover_on(pruned, corpora, Path(folder, str(instruct)), dense=model, settings=settings).model
+                sources = sources_of(data / given, instruct=instruct)
+                corpora = prepare(sources, tokenizer, work / "tokens", length=length, validation=VALIDATION)
+                run = Path(folder, str(instruct))
+                pruned = recover_on(pruned, corpora, run, dense=model, settings=how.settings(steps)).model
     return pruned
 
 
-def _corpora(path: Path, instruct: bool, tokenizer: Any, folder: str, length: int, seed: int) -> list[Corpus]:
-    sources = sources_of(path, instruct=instruct)
-    return prepare(sources, tokenizer, folder, length=length, validation=VALIDATION, seed=seed)
-
-
-def _passes(method: str, tokens: int, per_step: int, seed: int) -> tuple[Any, int]:
+def _passes(method: str, how: TrainBack, per_step: int) -> tuple[Any, int]:
     """The passes that prune, and how many tokens they train on."""
     if method == "lorashear":
         return (*METHODS["ppm"], train_lhspg(_FADING)), _FADING.steps * per_step
     if method == "loraprune":
-        steps = max(1, tokens // 2 // per_step)
-        settings = LoraPrune(steps=steps, training=Training(seed=seed))
+        steps = max(1, how.recover // 2 // per_step)
+        settings = LoraPrune(steps=steps, training=Training(lr=how.lr, seed=how.seed, autocast=how.bf16))
         return (*METHODS["loraprune"][:-1], train_loraprune(settings)), steps * per_step
     return passes_of(method), 0

@@ -6,10 +6,11 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench_quality import Cell, Result, Scoreboard
+    from bench_quality import Cell, Scoreboard
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "torch-pruning", "optipfair")
 
@@ -46,29 +47,28 @@ def _lines(board: Scoreboard, command: str, picture: str) -> Iterator[str]:
 
 
 def _table(
-    board: Scoreboard, value: Callable[[str, float], float | str], better: Callable[..., float]
+    board: Scoreboard, values: Callable[[str, float], list[float] | str], better: Callable[..., float]
 ) -> Iterator[str]:
-    """Methods down, ratios across, the best of each ratio in bold. ``value`` is a number, or what to write instead."""
+    """Methods down, ratios across, the best of each ratio in bold. ``values``: of every seed, or what to write."""
     ratios, methods = board.arguments.ratios, board.arguments.methods
     yield "| method | " + " | ".join(f"{ratio:.0%}" for ratio in ratios) + " |"
     yield "|---|" + "--:|" * len(ratios)
-    values = {ratio: {method: value(method, ratio) for method in methods} for ratio in ratios}
+    found = {ratio: {method: values(method, ratio) for method in methods} for ratio in ratios}
     best = {
-        ratio: better((v for v in column.values() if not isinstance(v, str)), default=None)
-        for ratio, column in values.items()
+        ratio: better((fmean(v) for v in column.values() if not isinstance(v, str)), default=None)
+        for ratio, column in found.items()
     }
     for method in methods:
         cells = []
         for ratio in ratios:
-            found = values[ratio][method]
-            shown = found if isinstance(found, str) else _number(found)
-            cells.append(f"**{shown}**" if found == best[ratio] else shown)
+            of = found[ratio][method]
+            cells.append(f"**{_text(of)}**" if not isinstance(of, str) and fmean(of) == best[ratio] else _text(of))
         yield f"| {method} | " + " | ".join(cells) + " |"
 
 
-def _perplexity(board: Scoreboard, method: str, ratio: float, length: str) -> float | str:
-    best = board.best(method, ratio)
-    return float(best[1]["perplexity"][length]) if best else _why_not(board, method, ratio)
+def _perplexity(board: Scoreboard, method: str, ratio: float, length: str) -> list[float] | str:
+    results = [result for result in board.shown(method, ratio) if "failed" not in result]
+    return [float(result["perplexity"][length]) for result in results] or _why_not(board, method, ratio)
 
 
 def _why_not(board: Scoreboard, method: str, ratio: float) -> str:
@@ -80,32 +80,31 @@ def _why_not(board: Scoreboard, method: str, ratio: float) -> str:
 def _tasks(board: Scoreboard) -> Iterator[str]:
     """The average of the tasks, and for each ratio every task."""
 
-    def result(method: str, ratio: float) -> Result | None:
-        best = board.best(method, ratio)
-        return board.kept.result(board.cell(method, best[0], ratio, tasks=True)) if best else None
-
-    def mean(method: str, ratio: float) -> float | str:
-        found = result(method, ratio)
-        if found is None:
+    def averages(method: str, ratio: float) -> list[float] | str:
+        results = board.shown(method, ratio, tasks=True)
+        if not results:
             return "not measured" if board.best(method, ratio) else _why_not(board, method, ratio)
-        if "failed" in found:
+        done = [result["average"] for result in results if "failed" not in result]
+        if not done:
             return "FAILED"
-        return "–" if found["average"] is None else 100 * found["average"]
+        return "–" if None in done else [100 * average for average in done]
 
-    dense = mean("dense", 0.0)
+    dense = averages("dense", 0.0)
     yield from ("", "## Tasks, average accuracy in %", "")
     rows = f"the first {board.arguments.limit} rows of each" if board.arguments.limit else "all rows"
     yield f"acc_norm, or acc where a task has no other, over {rows}. Dense: {_text(dense)}."
     yield ""
-    yield from _table(board, mean, max)
+    yield from _table(board, averages, max)
+    everyone = ["dense", *board.arguments.methods]
     for ratio in board.arguments.ratios:
-        found = {"dense": result("dense", 0.0), **{m: result(m, ratio) for m in board.arguments.methods}}
-        scores = {method: one["tasks"] for method, one in found.items() if one and "failed" not in one}
-        names = list(dict.fromkeys(name for tasks in scores.values() for name in tasks))
+        found = {method: board.shown(method, 0.0 if method == "dense" else ratio, tasks=True) for method in everyone}
+        scores = {method: [one["tasks"] for one in results if "tasks" in one] for method, results in found.items()}
+        names = list(dict.fromkeys(name for several in scores.values() for tasks in several for name in tasks))
         yield from ("", f"### {ratio:.0%}", "", "| method | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names))
-        for method, tasks in scores.items():
-            shown = [f"{100 * _accuracy(tasks[name]):.2f}" if name in tasks else "–" for name in names]
-            yield f"| {method} | " + " | ".join(shown) + " |"
+        for method, several in scores.items():
+            if several:
+                of = [[100 * _accuracy(tasks[name]) for tasks in several if name in tasks] for name in names]
+                yield f"| {method} | " + " | ".join(f"{fmean(values):.2f}" if values else "–" for values in of) + " |"
 
 
 def _accuracy(metrics: dict[str, float]) -> float:
@@ -142,8 +141,12 @@ def _escaped(text: str) -> str:
     return text
 
 
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else _number(value)
+def _text(values: list[float] | str) -> str:
+    """The mean, with the least and the most of several."""
+    if isinstance(values, str):
+        return values
+    spread = f" ({_number(min(values))}–{_number(max(values))})" if len(values) > 1 else ""
+    return _number(fmean(values)) + spread
 
 
 def _number(value: float | str) -> str:
@@ -179,8 +182,8 @@ def plot(board: Scoreboard, path: Path) -> None:
     dense = board.best("dense", 0.0)
     start: list[tuple[float, Any]] = [(0.0, dense[1]["perplexity"][length])] if dense else []
     for method in board.arguments.methods:
-        found = [(ratio, board.best(method, ratio)) for ratio in sorted(board.arguments.ratios)]
-        points = start + [(ratio, best[1]["perplexity"][length]) for ratio, best in found if best]
+        found = [(ratio, _perplexity(board, method, ratio, length)) for ratio in sorted(board.arguments.ratios)]
+        points = start + [(ratio, fmean(values)) for ratio, values in found if not isinstance(values, str)]
         finite = [(ratio, float(value)) for ratio, value in points if float(value) < float("inf")]
         if len(finite) > len(start):
             style = "--" if method in PEERS else "-"

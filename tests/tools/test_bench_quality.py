@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import subprocess
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -56,7 +57,7 @@ class Runs:
     def __init__(self, answer: Callable[[Any], dict]) -> None:
         self.answer, self.cells = answer, []
 
-    def __call__(self, cell: Any, timeout: float) -> dict:
+    def __call__(self, cell: Any, work: Path, timeout: float) -> dict:
         self.cells.append(cell)
         return self.answer(cell)
 
@@ -65,8 +66,10 @@ def answer(cell: Any) -> dict:
     """A result that says which cell it belongs to."""
     about = {"parameters": 1, "removed": cell.ratio, "prune_seconds": 1.5, "seconds": 2.0, "device": "CPU"}
     if "tasks" in cell.measures:
-        return {**about, "tasks": {"a": {"acc": 0.25}, "b": {"acc": 0.5, "acc_norm": 0.75}}, "average": 0.5}
-    value = 10 + 100 * cell.ratio + len(cell.method) - len(cell.setting)
+        about |= {"tasks": {"a": {"acc": 0.25}, "b": {"acc": 0.5, "acc_norm": 0.75}}, "average": 0.5}
+    if "lengths" not in cell.measures:
+        return about
+    value = 10 + 100 * cell.ratio + len(cell.method) - len(cell.setting) + cell.setting.get("seed", 0)
     return {**about, "perplexity": {"16": value, "32": value / 2}}
 
 
@@ -116,20 +119,41 @@ def test_only_the_first_setting_that_can_be_reached(
 def test_recovery_has_settings_of_its_own(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(answer)
     monkeypatch.setattr(bench, "run_cell", runs)
-    asked = [*given, "--ratios", "0.2", "--recover", "5000", "--seed", "3"]
+    asked = [*given, "--ratios", "0.2", "--recover", "5000", "--seeds", "3", "5", "--rank", "16", "--bf16", "--tasks"]
     with pytest.raises(SystemExit):
         bench.main(asked)  # there are no instructions
     path = Path(given[2], "instruct", "alpaca_cleaned_first5000.jsonl")
     path.parent.mkdir()
     path.write_text("")
+    Path(given[2], "lm_eval_tasks").mkdir()
     assert bench.main(asked) == 0
     methods = ["lorashear", "llm-pruner", "loraprune", "slimgpt", "flap"]
-    assert [(c.method, c.setting) for c in runs.cells[1:]] == [(m, {"recover": 5000, "seed": 3}) for m in methods]
-    assert "after recovery on 5,000 tokens" in Path(given[given.index("-o") + 1]).read_text()
+    trained = {"recover": 5000, "rank": 16, "bf16": True}
+    wanted = [(method, {**trained, "seed": seed}) for method in methods for seed in (3, 5)]
+    assert [(c.method, c.setting) for c in runs.cells[1:]] == wanted
+    assert all(c.measures.keys() == {"lengths", "tokens", "tasks", "limit"} for c in runs.cells)
+    out = Path(given[given.index("-o") + 1])
+    assert "after recovery on 5,000 tokens" in out.read_text()
+    assert rows_of(out, "windows of 16 tokens")[1] == ["lorashear", "39.00 (38.00–40.00)"]
+    assert rows_of(out, "average accuracy in %")[1] == ["lorashear", "**50.00 (50.00–50.00)**"]
+    assert rows_of(out, "### 20%")[-1] == ["flap", "25.00", "75.00"]
+
+
+def test_cells_run_side_by_side(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = threading.Barrier(3, timeout=60)  # nobody gets past it before three are there
+
+    def together(cell: Any) -> dict:
+        meeting.wait()
+        return answer(cell)
+
+    monkeypatch.setattr(bench, "run_cell", Runs(together))
+    assert bench.main([*given, "--methods", "l1", "--ratios", "0.2", "--parallel", "3"]) == 0
+    out = Path(given[given.index("-o") + 1])
+    assert len(json.loads(out.with_suffix(".json").read_text())) == 3
 
 
 @pytest.mark.parametrize("method", ["lorashear", "loraprune", "flap", "ppm"])
-def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], method: str) -> None:
+def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], tmp_path: Path, method: str) -> None:
     data = Path(given[2])
     words = [" ".join(f"w{(start + n) % WORDS}" for n in range(200)) for start in range(30)]
     for name in ("c4", "books"):
@@ -138,9 +162,9 @@ def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], metho
     path.parent.mkdir()
     rows = [{"instruction": text[:40], "output": text[40:80]} for text in words]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    setting = {"recover": 48_000, "seed": 1}
+    setting = {"recover": 48_000, "seed": 1, "rank": 4, "distill": 0.5}
     calibration = {"samples": 8, "length": 96}
-    found = bench.measure(cell_of(bench, given, method, setting=setting, calibration=calibration))
+    found = bench.measure(cell_of(bench, given, method, setting=setting, calibration=calibration), tmp_path)
     assert found["removed"] == pytest.approx(0.2, abs=0.01)
     assert found["perplexity"]["16"] < 100
 
@@ -231,15 +255,16 @@ def test_infinity_is_kept_and_never_best(bench: ModuleType, given: list[str], mo
 
 
 def cell_of(bench: ModuleType, given: list[str], method: str, ratio: float = 0.2, **changes: Any) -> Any:
-    arguments = argparse.Namespace(lengths=[16, 32], tokens=128, samples=8, length=16, model=given[0], data=given[2])
+    asked: dict[str, Any] = {"lengths": [16, 32], "tokens": 128, "tasks": None, "limit": None, "recover": None}
+    arguments = argparse.Namespace(**asked, samples=8, length=16, model=given[0], data=given[2])
     cell = bench.Scoreboard(arguments, None).cell(method, changes.pop("setting", {}), ratio)
     return bench.Cell(**{**asdict(cell), **changes})
 
 
 @pytest.mark.parametrize("method", ["dense", "bare", "wanda-sp"])
-def test_a_cell_is_measured(bench: ModuleType, given: list[str], method: str) -> None:
+def test_a_cell_is_measured(bench: ModuleType, given: list[str], tmp_path: Path, method: str) -> None:
     ratio = 0.0 if method == "dense" else 0.2
-    found = bench.measure(cell_of(bench, given, method, ratio))
+    found = bench.measure(cell_of(bench, given, method, ratio), tmp_path)
     assert found["removed"] == pytest.approx(ratio, abs=0.01)
     assert found["parameters"] == pytest.approx((1 - ratio) * sum(p.numel() for p in llama().parameters()), rel=0.01)
     assert found["perplexity"].keys() == {"16", "32"}
@@ -248,17 +273,17 @@ def test_a_cell_is_measured(bench: ModuleType, given: list[str], method: str) ->
 
 
 def test_another_number_of_parameters_is_no_result(
-    bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import quality_peers
 
     monkeypatch.setitem(quality_peers.PEERS, "lazy", lambda model, ratio, rows, setting: model)
     with pytest.raises(ValueError, match=r"removed 0.000% of all parameters, which is not 20.000%"):
-        bench.measure(cell_of(bench, given, "lazy"))
+        bench.measure(cell_of(bench, given, "lazy"), tmp_path)
 
 
 def test_a_crash_is_one_cell(bench: ModuleType, given: list[str], tmp_path: Path) -> None:
-    result = bench.run_cell(cell_of(bench, given, "l1", model=str(tmp_path / "none.gguf")), timeout=300)
+    result = bench.run_cell(cell_of(bench, given, "l1", model=str(tmp_path / "none.gguf")), tmp_path, timeout=300)
     assert result == {"failed": f"graphprune.errors.GraphPruneError: There is no file {tmp_path / 'none.gguf'}."}
 
 
@@ -277,11 +302,16 @@ def test_how_a_process_ends(
     script = tmp_path / "ends.py"
     script.write_text(code)
     monkeypatch.setattr(bench, "__file__", str(script))
-    assert bench.run_cell(cell_of(bench, given, "l1"), timeout=3 if "sleep" in code else 300) == {"failed": why}
+    result = bench.run_cell(cell_of(bench, given, "l1"), tmp_path, timeout=3 if "sleep" in code else 300)
+    assert result == {"failed": why}
 
 
 def test_a_process_gets_the_whole_cell(
-    bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    bench: ModuleType,
+    given: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     cell = cell_of(bench, given, "flap", setting={"include": ["*.mlp"], "skip_first": 1})
 
@@ -289,9 +319,9 @@ def test_a_process_gets_the_whole_cell(
         assert bench.main(command[2:]) == 0
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
-    monkeypatch.setattr(bench, "measure", asdict)
+    monkeypatch.setattr(bench, "measure", lambda cell, work: {**asdict(cell), "in": str(work)})
     monkeypatch.setattr(bench.subprocess, "run", in_this_process)
-    assert bench.run_cell(cell, timeout=1) == asdict(cell)
+    assert bench.run_cell(cell, tmp_path, timeout=1) == {**asdict(cell), "in": str(tmp_path)}
 
 
 @pytest.mark.parametrize(
