@@ -7,9 +7,10 @@ MODEL is a gated decoder such as the demo's: a folder or a .gguf file. DIR holds
 ``lm_eval_tasks/``. Written are OUT.md (tables), OUT.png (perplexity over ratio) and OUT.json (every cell).
 
 **A cell** is one method in one setting at one ratio: a process of its own loads the model in float32, prunes it
-(on CUDA where there is one) and measures it. Each is kept in OUT.json as soon as it is finished; the same command again
-goes on where the last one stopped. A cell that failed is reported with the last line it wrote, and is kept too:
-``--retry`` does those again. Tasks are run only for the best setting of each method and ratio.
+(on CUDA where there is one, which runs tasks in TF32) and measures it. Each is kept in OUT.json as soon as it is
+finished; the same command again goes on where the last one stopped. A cell that failed is reported with the last line
+it wrote, and is kept too: ``--retry`` does those again. Tasks are run only for the best setting of each method and
+ratio.
 
 **What is compared.** Everyone removes the same number of parameters, to within one FFN channel per layer, or the cell
 has failed; everyone that takes data gets the same tokens (``--samples`` rows of ``--length``, drawn from C4). Every
@@ -175,18 +176,21 @@ def evaluation_text(data: str | Path) -> str:
 
 
 def _measured(cell: Cell, model: Any, tokenizer: Any) -> Result:
+    import torch
+
     from graphprune.evaluate import Tasks, average, perplexity
 
     found: Result = {}
-    if "tasks" in cell.measures:
-        tasks = Tasks(cell.measures["tasks"], include_path=Path(cell.data, TASKS), limit=cell.measures["limit"])
-        scores = tasks.scores(model, tokenizer)
-        found |= {"tasks": scores, "average": average(scores)}
     if "lengths" in cell.measures:
         text, tokens = evaluation_text(cell.data), cell.measures["tokens"]
         values = {n: perplexity(model, tokenizer, text, length=n, tokens=tokens) for n in cell.measures["lengths"]}
         # JSON has no infinity; float() reads it back.
         found["perplexity"] = {str(n): value if value < float("inf") else "inf" for n, value in values.items()}
+    if "tasks" in cell.measures:
+        torch.set_float32_matmul_precision("high")  # TF32, where a GPU has it
+        tasks = Tasks(cell.measures["tasks"], include_path=Path(cell.data, TASKS), limit=cell.measures["limit"])
+        scores = tasks.scores(model, tokenizer)
+        found |= {"tasks": scores, "average": average(scores)}
     return found
 
 

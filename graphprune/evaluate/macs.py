@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphprune.trace.inputs import Inputs
@@ -18,7 +19,8 @@ def count_macs(model: nn.Module, inputs: Inputs) -> int:
     """
     args, kwargs = inputs
     counter = FlopCounterMode(display=False)
-    with eval_mode(model), without_hooks(model), counter:
+    # As plain products: torch has no count for heads in groups in the fused kernels of GPUs.
+    with eval_mode(model), without_hooks(model), sdpa_kernel(SDPBackend.MATH), counter:
         model(*args, **kwargs)
     return counter.get_total_flops() // 2
 

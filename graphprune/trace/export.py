@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import StringIO
@@ -39,7 +39,13 @@ from graphprune.trace.provenance import (
     preserved_annotations,
     wrap_sizes,
 )
-from graphprune.trace.quiet import idle_conversions, unchecked_distributions, without_autocast, without_hooks
+from graphprune.trace.quiet import (
+    einsum_as_written,
+    idle_conversions,
+    unchecked_distributions,
+    without_autocast,
+    without_hooks,
+)
 from graphprune.trace.reads import Reads, find_reads
 from graphprune.trace.skeleton import copy_structure, names
 from graphprune.trace.writes import written_placeholders
@@ -283,8 +289,11 @@ def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
 
 @contextmanager
 def _undisturbed(skeleton: nn.Module) -> Iterator[None]:
-    with without_hooks(skeleton), without_autocast(), unchecked_distributions(), idle_conversions():
-        yield
+    with ExitStack() as stack:
+        for quiet in (without_autocast, unchecked_distributions, idle_conversions, einsum_as_written):
+            stack.enter_context(quiet())
+        with without_hooks(skeleton):
+            yield
 
 
 @contextmanager

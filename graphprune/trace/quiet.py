@@ -42,6 +42,16 @@ def without_autocast() -> Iterator[None]:
             torch.autocast.__enter__, torch.autocast.__exit__ = plain  # type: ignore[method-assign]
 
 
+@contextmanager
+def einsum_as_written() -> Iterator[None]:
+    """``torch.einsum`` inside takes its operands from left to right, whether opt_einsum is installed or not.
+
+    With it torch picks an order by the sizes of the example: the graph would depend on the environment, and on them.
+    """
+    with torch.backends.opt_einsum.flags(enabled=False):
+        yield
+
+
 def _enter_nothing(context: torch.autocast) -> torch.autocast:
     return context
 
