@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
             options.output,
             options.ratio,
             plan=plan,
-            method=options.method or "magnitude",
+            method=options.method,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             max_shard_size=options.max_shard_size,
             deploy=options.deploy,

@@ -339,10 +339,7 @@ def assert_nothing_in(folder: Path) -> None:
 def test_a_failing_write_leaves_nothing(
     pruned: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    from graphprune.io import folder as folder_module
-
-    holder = weight_files if failing == "save_file" else folder_module
-    real = getattr(holder, failing)
+    real = getattr(weight_files, failing)
     calls = []
 
     def fails_second_time(*args: Any, **kwargs: Any) -> Any:
@@ -351,7 +348,7 @@ def test_a_failing_write_leaves_nothing(
             raise OSError(28, "No space left on device")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(holder, failing, fails_second_time)
+    monkeypatch.setattr(weight_files, failing, fails_second_time)
     with pytest.raises(GraphPruneError, match="No space left"):
         graphprune.save(pruned, tmp_path / "model", max_shard_size="20KB")
     assert len(calls) == 2

@@ -33,6 +33,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(folder: Path, says: str, **how: Any) -> None:
+    how = how if "plan" in how else {"method": "magnitude", **how}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(GraphPruneError, match=says):
         graphprune.stream(folder, folder.parent / "small", None if "plan" in how else 0.2, **how)
@@ -212,7 +213,7 @@ def test_code_in_the_folder_never_runs(dense: Path, tmp_path: Path, monkeypatch:
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
     edit_config(folder, auto_map=auto, trust_remote_code=True)
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "Evil"}))
-    graphprune.stream(folder, tmp_path / "small", 0.2)
+    graphprune.stream(folder, tmp_path / "small", 0.2, method="magnitude")
     assert not (tmp_path / "exploded").exists()
     edit_config(folder, model_type="evil", architectures=["EvilModel"])
     refused(folder, "never run")
@@ -222,7 +223,7 @@ def test_code_in_the_folder_never_runs(dense: Path, tmp_path: Path, monkeypatch:
 def test_a_kernel_from_elsewhere_is_not_fetched(dense: Path, tmp_path: Path) -> None:
     folder = copied(dense, tmp_path)
     edit_config(folder, attn_implementation="some/kernel", _attn_implementation="some/kernel")
-    graphprune.stream(folder, tmp_path / "small", 0.2)
+    graphprune.stream(folder, tmp_path / "small", 0.2, method="magnitude")
     assert json.loads((tmp_path / "small" / "graphprune.json").read_text())["attention"] == "sdpa"
 
 
@@ -254,7 +255,7 @@ def test_a_plan_of_another_size(dense: Path, tmp_path: Path) -> None:
 
 
 def test_what_graphprune_wrote_and_was_damaged(dense: Path, tmp_path: Path) -> None:
-    graphprune.stream(dense, tmp_path / "folder", 0.2)
+    graphprune.stream(dense, tmp_path / "folder", 0.2, method="magnitude")
     content = bytearray((tmp_path / "folder" / SINGLE).read_bytes())
     content[-1] ^= 1
     (tmp_path / "folder" / SINGLE).write_bytes(content)
@@ -263,4 +264,4 @@ def test_what_graphprune_wrote_and_was_damaged(dense: Path, tmp_path: Path) -> N
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(GraphPruneError, match="no folder"):
-        graphprune.stream(tmp_path / "nowhere", tmp_path / "small", 0.2)
+        graphprune.stream(tmp_path / "nowhere", tmp_path / "small", 0.2, method="magnitude")
