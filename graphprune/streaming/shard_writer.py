@@ -34,21 +34,20 @@ Count = Callable[[int], None]
 def write_shard(tensors: dict[str, torch.Tensor], path: Path, count: Count) -> StoredFile:
     """Write ``tensors``, in memory or on disk; ``count`` is told how many bytes more are on their way. Raises OSError.
 
-    One thread reads and slices while another one writes and sums up.
+    One thread reads and slices while another one writes, and a third one sums up.
     """
     names = _sorted(tensors)
     digest, size = hashlib.sha256(), 0
     waiting: deque[Future[None]] = deque()
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as summer:
 
         def put(data: memoryview) -> None:
             file.write(data)
-            digest.update(data)
             _start_writing(file, data.nbytes)
 
         for data in _contents(tensors, names):
-            waiting.append(writer.submit(put, data))
-            if len(waiting) > _WAITING:
+            waiting.extend((writer.submit(put, data), summer.submit(digest.update, data)))
+            while len(waiting) > 2 * _WAITING:
                 waiting.popleft().result()
             size += data.nbytes
             count(data.nbytes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -112,10 +113,20 @@ def blocks(weight: torch.Tensor) -> Iterator[tuple[Place, torch.Tensor]]:
         yield from _split(weight.detach(), 0, ())
         return
     step, start = _rows(stored.shape, 0), 0
-    for piece in stored.pieces(max(_BYTES // max(1, step * stored.row_bytes), 1) * step * stored.row_bytes):
+    most = max(_BYTES // max(1, step * stored.row_bytes), 1) * step * stored.row_bytes
+    for piece in _ahead(stored.pieces(most)):
         for (first, *others), block in _split(piece, 0, ()):
             yield (slice(first.start + start, first.stop + start), *others), block
         start += len(piece)
+
+
+def _ahead(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same, with the next one being read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, pieces, None)
+        while (piece := coming.result()) is not None:
+            coming = reader.submit(next, pieces, None)
+            yield piece
 
 
 def _split(tensor: torch.Tensor, dim: int, before: Place) -> Iterator[tuple[Place, torch.Tensor]]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.ir.plan import Plan
+from graphprune.streaming import open_model
 from graphprune.streaming.checkpoint import INDEX, SINGLE
 from tests.streaming.models import checkpoint, llama
 
@@ -180,6 +181,19 @@ def test_a_config_that_lies(dense: Path, tmp_path: Path, changes: dict[str, Any]
     folder = copied(dense, tmp_path)
     edit_config(folder, **changes)
     refused(folder, "config.json|quantised|do not belong|no weights for")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_position_embeddings", 10**12), ("hidden_size", 10**12), ("num_hidden_layers", 10**9), ("vocab_size", 2**21)],
+)
+def test_a_size_that_is_absurd_is_named_before_anything_is_built(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    folder = copied(dense, tmp_path)
+    edit_config(folder, text_config={name: value})
+    monkeypatch.setattr(open_model, "read_config", None)
+    refused(folder, f"text_config.{name} is {value:,}")
 
 
 def test_a_config_that_is_no_json(dense: Path, tmp_path: Path) -> None:
