@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
     prune.add_argument("--plan", metavar="FILE", help="replay a plan (JSON) instead of --ratio")
-    prune.add_argument("--method", help="ppm (default; magnitude with --stream), wanda-sp, flap, slimgpt, random, …")
+    prune.add_argument("--method", default="ppm", help="ppm (default), wanda-sp, flap, slimgpt, magnitude, random, …")
     prune.add_argument("--data", nargs="+", metavar="FILE", help=_DATA)
     prune.add_argument("--samples", type=int, help="rows of calibration data (default 32; 8 of snippets)")
     prune.add_argument("--length", type=int, default=128, help="tokens per row (default 128)")
@@ -128,7 +128,6 @@ def _prune(options: argparse.Namespace) -> None:
     from graphprune.evaluate.macs import count_macs, positions
     from graphprune.io.folder import save
     from graphprune.io.models import load_model
-    from graphprune.passes.methods import DEFAULT_METHOD
     from graphprune.trace.inputs import example_inputs_for
 
     output = Path(options.output)
@@ -147,7 +146,7 @@ def _prune(options: argparse.Namespace) -> None:
         pruned = graphprune.compile(
             model,
             options.ratio,
-            method=options.method or DEFAULT_METHOD,
+            method=options.method,
             tokenizer=tokenizer,
             aggregation=options.aggregation,
             unprunable_ratio=options.unprunable_ratio,

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
             options.model,
             options.output,
             options.ratio,
-            method=options.method or "magnitude",
+            method=options.method,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             max_shard_size=options.max_shard_size,
             progress=status.update,

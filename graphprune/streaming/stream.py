@@ -22,7 +22,7 @@ from graphprune.io.folder import GENERATION_CONFIG, check_dtype, write_folder
 from graphprune.io.manifest import CONFIG, MANIFEST, StoredFile
 from graphprune.io.tensors import held_tensors
 from graphprune.ir.plan import Plan
-from graphprune.passes.methods import passes_of
+from graphprune.passes.methods import DEFAULT_METHOD, passes_of
 from graphprune.reporting import Report, report
 from graphprune.streaming.checkpoint import Checkpoint, open_checkpoint
 from graphprune.streaming.kept_plan import kept_plan
@@ -42,7 +42,7 @@ def stream(
     directory: str | os.PathLike[str],
     ratio: float | None = None,
     *,
-    method: str = "magnitude",
+    method: str = DEFAULT_METHOD,
     plan: Plan | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
@@ -78,7 +78,8 @@ def stream(
         ratio: parameters to remove / all parameters, in (0, 1).
         method: ``"magnitude"``, ``"l1"``, ``"l2"``, ``"peak-to-peak"`` or ``"random"``, which look at weights alone, a
             piece at a time; or ``"ppm"``, ``"wanda-sp"``, ``"flap"``, ``"slimgpt"`` (and the criteria of FLAP), which
-            run the model: weights come from disk as operators need them, and those of one block stay in memory.
+            run the model: weights come from disk as operators need them, and those of one block stay in memory. The
+            default is that of :func:`graphprune.compile`.
         plan: a plan to replay instead of scoring.
         dtype: of the floating-point weights; as stored by default.
         max_shard_size: as for :func:`graphprune.save`.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.ir.plan import Plan
+from graphprune.streaming import open_model
 from graphprune.streaming.checkpoint import INDEX, SINGLE
 from tests.streaming.models import checkpoint, llama
 
@@ -33,6 +34,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(folder: Path, says: str, **how: Any) -> None:
+    how = how if "plan" in how else {"method": "magnitude", **how}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(GraphPruneError, match=says):
         graphprune.stream(folder, folder.parent / "small", None if "plan" in how else 0.2, **how)
@@ -181,6 +183,19 @@ def test_a_config_that_lies(dense: Path, tmp_path: Path, changes: dict[str, Any]
     refused(folder, "config.json|quantised|do not belong|no weights for")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_position_embeddings", 10**12), ("hidden_size", 10**12), ("num_hidden_layers", 10**9), ("vocab_size", 2**21)],
+)
+def test_a_size_that_is_absurd_is_named_before_anything_is_built(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    folder = copied(dense, tmp_path)
+    edit_config(folder, text_config={name: value})
+    monkeypatch.setattr(open_model, "read_config", None)
+    refused(folder, f"text_config.{name} is {value:,}")
+
+
 def test_a_config_that_is_no_json(dense: Path, tmp_path: Path) -> None:
     folder = copied(dense, tmp_path)
     (folder / "config.json").write_text("[" * 100_000)
@@ -212,7 +227,7 @@ def test_code_in_the_folder_never_runs(dense: Path, tmp_path: Path, monkeypatch:
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.T", "evil.T"]}
     edit_config(folder, auto_map=auto, trust_remote_code=True)
     (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto, "tokenizer_class": "Evil"}))
-    graphprune.stream(folder, tmp_path / "small", 0.2)
+    graphprune.stream(folder, tmp_path / "small", 0.2, method="magnitude")
     assert not (tmp_path / "exploded").exists()
     edit_config(folder, model_type="evil", architectures=["EvilModel"])
     refused(folder, "never run")
@@ -222,7 +237,7 @@ def test_code_in_the_folder_never_runs(dense: Path, tmp_path: Path, monkeypatch:
 def test_a_kernel_from_elsewhere_is_not_fetched(dense: Path, tmp_path: Path) -> None:
     folder = copied(dense, tmp_path)
     edit_config(folder, attn_implementation="some/kernel", _attn_implementation="some/kernel")
-    graphprune.stream(folder, tmp_path / "small", 0.2)
+    graphprune.stream(folder, tmp_path / "small", 0.2, method="magnitude")
     assert json.loads((tmp_path / "small" / "graphprune.json").read_text())["attention"] == "sdpa"
 
 
@@ -254,7 +269,7 @@ def test_a_plan_of_another_size(dense: Path, tmp_path: Path) -> None:
 
 
 def test_what_graphprune_wrote_and_was_damaged(dense: Path, tmp_path: Path) -> None:
-    graphprune.stream(dense, tmp_path / "folder", 0.2)
+    graphprune.stream(dense, tmp_path / "folder", 0.2, method="magnitude")
     content = bytearray((tmp_path / "folder" / SINGLE).read_bytes())
     content[-1] ^= 1
     (tmp_path / "folder" / SINGLE).write_bytes(content)
@@ -263,4 +278,4 @@ def test_what_graphprune_wrote_and_was_damaged(dense: Path, tmp_path: Path) -> N
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(GraphPruneError, match="no folder"):
-        graphprune.stream(tmp_path / "nowhere", tmp_path / "small", 0.2)
+        graphprune.stream(tmp_path / "nowhere", tmp_path / "small", 0.2, method="magnitude")

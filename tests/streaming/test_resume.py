@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import subprocess
@@ -31,7 +32,7 @@ def say(text):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-graphprune.stream(sys.argv[1], sys.argv[2], 0.2, max_shard_size="12KB", progress=say)
+graphprune.stream(sys.argv[1], sys.argv[2], 0.2, method="magnitude", max_shard_size="12KB", progress=say)
 """
 
 
@@ -44,14 +45,14 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files of a run that nothing interrupted."""
     target = tmp_path_factory.mktemp("whole") / "small"
-    graphprune.stream(dense, target, 0.2, max_shard_size=SHARD)
+    graphprune.stream(dense, target, 0.2, method="magnitude", max_shard_size=SHARD)
     return digests(target)
 
 
 def steps(dense: Path, target: Path) -> int:
     """How often a whole run tells of progress."""
     told: list[str] = []
-    graphprune.stream(dense, target, 0.2, max_shard_size=SHARD, progress=told.append)
+    graphprune.stream(dense, target, 0.2, method="magnitude", max_shard_size=SHARD, progress=told.append)
     return len(told)
 
 
@@ -63,7 +64,7 @@ def kill_and_go_on(dense: Path, folder: Path, moments: list[int], whole: dict[st
         assert not target.exists()
         (partial,) = folder.iterdir()
         assert partial.name.startswith(".small.")
-    graphprune.stream(dense, target, 0.2, max_shard_size=SHARD)
+    graphprune.stream(dense, target, 0.2, method="magnitude", max_shard_size=SHARD)
     assert digests(target) == whole
     assert sorted(path.name for path in folder.iterdir()) == ["small"]  # the partial folder is gone
 
@@ -95,7 +96,7 @@ def interrupt(dense: Path, target: Path, after: int, shard: str = SHARD) -> Path
             raise Stopped
 
     with pytest.raises(Stopped):
-        graphprune.stream(dense, target, 0.2, max_shard_size=shard, progress=say)
+        graphprune.stream(dense, target, 0.2, method="magnitude", max_shard_size=shard, progress=say)
     assert not target.exists()
     return next(path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}."))
 
@@ -118,7 +119,7 @@ def test_finished_shards_are_kept(
     interrupt(dense, tmp_path / "small", 3)
     names = written(monkeypatch)
     told: list[str] = []
-    graphprune.stream(dense, tmp_path / "small", 0.2, max_shard_size=SHARD, progress=told.append)
+    graphprune.stream(dense, tmp_path / "small", 0.2, method="magnitude", max_shard_size=SHARD, progress=told.append)
     assert names[0].startswith("model-00003")
     assert "score" not in told  # nor is the plan made again
     assert digests(tmp_path / "small") == whole
@@ -135,7 +136,7 @@ def test_a_shard_that_changed_since_is_written_again(
     (partial / "stranger.safetensors").write_bytes(b"")
     (partial / ".finished.json.1234.partial").write_bytes(b"")  # from a kill while it was replaced
     names = written(monkeypatch)
-    graphprune.stream(dense, tmp_path / "small", 0.2, max_shard_size=SHARD)
+    graphprune.stream(dense, tmp_path / "small", 0.2, method="magnitude", max_shard_size=SHARD)
     assert names[0] == shard.name
     assert digests(tmp_path / "small") == whole
 
@@ -144,7 +145,7 @@ def test_notes_that_are_damaged_count_for_nothing(dense: Path, tmp_path: Path, w
     partial = interrupt(dense, tmp_path / "small", 3)
     (partial / ".finished.json").write_text("{")
     (partial / ".plan.json").write_text("")
-    graphprune.stream(dense, tmp_path / "small", 0.2, max_shard_size=SHARD)
+    graphprune.stream(dense, tmp_path / "small", 0.2, method="magnitude", max_shard_size=SHARD)
     assert digests(tmp_path / "small") == whole
 
 
@@ -152,7 +153,7 @@ def test_another_command_does_not_go_on(dense: Path, tmp_path: Path, monkeypatch
     partial = interrupt(dense, tmp_path / "small", 3)
     before = digests(partial)
     names = written(monkeypatch)
-    graphprune.stream(dense, tmp_path / "small", 0.3, max_shard_size=SHARD)
+    graphprune.stream(dense, tmp_path / "small", 0.3, method="magnitude", max_shard_size=SHARD)
     assert names[0].startswith("model-00001")
     assert digests(partial) == before
 
@@ -187,8 +188,35 @@ def test_a_full_disk_leaves_what_is_finished(
 
         patch.setattr(stream_module, "write_shard", full)
         with pytest.raises(GraphPruneError, match="No space left"):
-            graphprune.stream(dense, tmp_path / "small", 0.2, max_shard_size=SHARD)
+            graphprune.stream(dense, tmp_path / "small", 0.2, method="magnitude", max_shard_size=SHARD)
     names = written(monkeypatch)
-    graphprune.stream(dense, tmp_path / "small", 0.2, max_shard_size=SHARD)
+    graphprune.stream(dense, tmp_path / "small", 0.2, method="magnitude", max_shard_size=SHARD)
     assert names[0].startswith("model-00004")
     assert digests(tmp_path / "small") == whole
+
+
+def test_what_was_calibrated_is_calibrated_again_and_goes_on_if_it_is_the_same(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changed weights are not kept; finished shards are, unless something else came of it this time."""
+    how = {"method": "slimgpt", "data": "random", "samples": 2, "length": 16, "max_shard_size": SHARD}
+    graphprune.stream(dense, tmp_path / "whole", 0.2, **how)
+    for change in (False, True):
+        target = tmp_path / f"small-{change}"
+
+        def say(text: str) -> None:
+            if text.startswith("writing model-00003"):
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            graphprune.stream(dense, target, 0.2, progress=say, **how)
+        with monkeypatch.context() as patch:
+            if change:
+                (state,) = tmp_path.glob(".small-*/.finished.json")
+                data = json.loads(state.read_text())
+                state.write_text(json.dumps({**data, "outcome": "another"}))
+            names = written(patch)
+            graphprune.stream(dense, target, 0.2, **how)
+        shards = [name for name in names if name.startswith("model-")]
+        assert shards[0].startswith("model-00001" if change else "model-00003")
+        assert digests(target) == digests(tmp_path / "whole")

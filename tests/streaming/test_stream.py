@@ -56,7 +56,7 @@ def test_it_is_bit_by_bit_what_is_saved_from_memory(
 
 def test_stock_transformers_loads_what_is_deployed(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "dense", llama())
-    graphprune.stream(source, tmp_path / "small", 0.2, deploy="transformers")
+    graphprune.stream(source, tmp_path / "small", 0.2, method="magnitude", deploy="transformers")
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert torch.equal(stock(TOKENS).logits, graphprune.load(tmp_path / "small")(TOKENS).logits)
 
@@ -75,9 +75,9 @@ def test_a_plan_is_replayed(tmp_path: Path) -> None:
 def test_what_graphprune_wrote_is_streamed_again(tmp_path: Path) -> None:
     """A per-layer plan, other dtypes, and a history of two."""
     source = checkpoint(tmp_path / "dense", tied())
-    graphprune.stream(source, tmp_path / "once", 0.2)
+    graphprune.stream(source, tmp_path / "once", 0.2, method="magnitude")
     expected = in_memory(tmp_path / "once", tmp_path / "memory", 0.2, torch.float32, method="magnitude")
-    report = graphprune.stream(tmp_path / "once", tmp_path / "twice", 0.2, dtype=torch.float32)
+    report = graphprune.stream(tmp_path / "once", tmp_path / "twice", 0.2, method="magnitude", dtype=torch.float32)
     assert digests(tmp_path / "twice") == digests(expected)
     assert len(report.history) == 1
 
@@ -91,7 +91,7 @@ def test_two_stored_copies_of_a_tied_weight_are_tied_if_they_are_equal(tmp_path:
         both = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + copy}
         save_file(both, source / "model.safetensors", metadata={"format": "pt"})
         expected = in_memory(source, tmp_path / f"{name}-memory", 0.2, method="magnitude")
-        graphprune.stream(source, tmp_path / name, 0.2)
+        graphprune.stream(source, tmp_path / name, 0.2, method="magnitude")
         assert digests(tmp_path / name) == digests(expected), name
     sizes = [graphprune.load(tmp_path / name).num_parameters() for name in ("equal", "other")]
     assert sizes[0] < sizes[1]
@@ -114,7 +114,7 @@ def test_no_more_than_a_piece_is_held(tmp_path: Path, monkeypatch: pytest.Monkey
         return found
 
     monkeypatch.setattr(stream_module, "open_checkpoint", counting)
-    graphprune.stream(source, tmp_path / "small", 0.03)
+    graphprune.stream(source, tmp_path / "small", 0.03, method="magnitude")
     assert sum(read) > (source / "model.safetensors").stat().st_size / 2
     # Rows that stay are read with those that go between them: somewhat more than a piece.
     assert max(read) <= 4 * most
@@ -155,13 +155,13 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "dense", llama())
     (tmp_path / "small").mkdir()
     with pytest.raises(GraphPruneError, match="exists already"):
-        graphprune.stream(source, tmp_path / "small", 0.2)
+        graphprune.stream(source, tmp_path / "small", 0.2, method="magnitude")
     assert list((tmp_path / "small").iterdir()) == []
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = checkpoint(tmp_path / "dense", llama())
-    command = ["prune", str(source), "--ratio", "0.2", "--stream", "-o", str(tmp_path / "small")]
+    command = ["prune", str(source), "--ratio", "0.2", "--stream", "--method", "l1", "-o", str(tmp_path / "small")]
     assert main([*command, "--max-shard-size", "20KB", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["oracle_error"] is None
