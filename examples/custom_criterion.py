@@ -8,17 +8,16 @@ from torch import nn
 
 import graphprune
 from graphprune.passes.score import add_to, criterion
-from graphprune.trace.skeleton import names
 
 
 @criterion("largest-reader")
 def largest_reader(program):
     """The largest weight that reads a structure: what nobody reads loudly goes first."""
-    scores, tensors, axes = {}, names(program.model), program.need("axes")
+    scores, axes = {}, program.need("axes")
     for group in program.need("prunable"):
         for member in group.members:
             if member.consumes:
-                columns = program.weight(tensors[member.tensor]).abs().movedim(member.dim, 0).flatten(1)
+                columns = program.weight(member.tensor).abs().movedim(member.dim, 0).flatten(1)
                 add_to(scores, axes.tensors[member.tensor][member.dim], columns.amax(1))
     return scores
 

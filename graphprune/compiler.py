@@ -48,7 +48,7 @@ def compile(
     model: nn.Module,
     ratio: float | None = None,
     *,
-    method: str = DEFAULT_METHOD,
+    method: str | None = None,
     data: Any = None,
     tokenizer: Any = None,
     example_inputs: Any = None,
@@ -127,7 +127,8 @@ def compile(
             operator that runs last.
         unprunable_ratio: share of the node groups to leave whole, those that hold the most knowledge: masked alone,
             they raise the loss most (LoRAShear's γ; :mod:`graphprune.passes.analyze_knowledge`).
-        passes: a tuple of passes that makes the plan, in place of those of ``method``, whose name is then only noted.
+        passes: a tuple of passes that makes the plan, in place of those of ``method``, which is then only noted
+            as their name; by default what they are called themselves.
         round_to: widths of weight dimensions stay multiples of this.
         include, exclude: shell-like patterns of module paths to prune only, or never (``"*.self_attn"``).
         skip_first, skip_last: how many blocks at both ends of every sequence of blocks to spare.
@@ -170,6 +171,8 @@ def compile(
         GraphPruneError: for anything the user can act on; the model is then as it was.
     """
     start = time.perf_counter()
+    if method is None:
+        method = DEFAULT_METHOD if passes is None else ", ".join(step.name for step in passes)
     _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, aggregation, emit, inplace)
     _check_deploy(deploy, emit)
     options = Options(

@@ -78,9 +78,10 @@ class Report:
     def __str__(self) -> str:
         proof = "not verified" if self.oracle_error is None else f"oracle error {self.oracle_error:.1e}"
         ragged = f" ({len(self.plan.under)} ragged)" if self.plan.under else ""
+        change = f"{-self.ratio:+.2%}".replace("-", "−")  # adapters that are not merged can make it grow
         axes = f"{len(self.widths)} axes pruned{ragged}, {len(self.skipped)} left alone"
         return (
-            f"{self.parameters_before:,} → {self.parameters_after:,} parameters (−{self.ratio:.2%}), "
+            f"{self.parameters_before:,} → {self.parameters_after:,} parameters ({change}), "
             f"{axes}, {proof}, {self.total_seconds:.1f} s"
             + ("" if self.fields is None else f"; {self.deployed()}")
             + (", as a graph for the shapes of the example inputs only" if self.emitted == "graph" else "")

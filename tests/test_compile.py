@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.passes.methods import METHODS
 
 
 class Mlp(nn.Module):
@@ -583,3 +584,18 @@ def test_the_public_names() -> None:
             assert getattr(graphprune, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         graphprune.prune  # noqa: B018
+
+
+def test_the_report_names_the_passes_given() -> None:
+    own = tuple(METHODS["magnitude"])
+    pruned = graphprune.compile(toy(), 0.2, passes=own, example_inputs=X)
+    assert graphprune.report(pruned).plan.method == ", ".join(one.name for one in own)
+    pruned = graphprune.compile(toy(), 0.2, passes=own, method="mine", example_inputs=X)
+    assert graphprune.report(pruned).plan.method == "mine"
+
+
+def test_a_model_that_grows_says_so() -> None:
+    report = graphprune.report(graphprune.compile(toy(), 0.2, method="magnitude", example_inputs=X))
+    assert f"parameters (−{report.ratio:.2%})" in str(report)
+    report.parameters_after = report.parameters_before * 11 // 10
+    assert "parameters (+" in str(report)

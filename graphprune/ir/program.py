@@ -19,6 +19,7 @@ from graphprune.trace.export import Trace
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.provenance import Attribute
 from graphprune.trace.quantised import quantised_value
+from graphprune.trace.skeleton import names
 from graphprune.trace.stored import Stored, stored_of
 
 if TYPE_CHECKING:
@@ -198,11 +199,13 @@ class Program:
             raise AssertionError(f"{name} is not there yet: a pass that ensures it has to run first")
         return value
 
-    def weight(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter or buffer of the model with the value that it is to be pruned with, detached.
+    def weight(self, tensor: torch.Tensor | str) -> torch.Tensor:
+        """A parameter or buffer of the model, or the one of that name, with the value that it is to be pruned with.
 
-        Of a quantised one that is made for this call, one on disk is read.
+        Detached. Of a quantised one the value is made for this call, of one on disk it is read.
         """
+        if isinstance(tensor, str):
+            tensor = names(self.model)[tensor]
         stored = self.stored(tensor)
         if stored is not None:
             return stored.read()
