@@ -1,7 +1,8 @@
 """Random networks: whatever is prunable in them is pruned right, proved by the oracle in float64.
 
-``make test`` looks at 100 networks, ``make test-slow`` at 200 more, ``make fuzz`` at 2,000, or ``make fuzz FIRST=5000 NETWORKS=10000``. The number of a
-network is its seed. A failure prints the smallest network it could be cut down to, as Python.
+``make test`` looks at 100 networks, ``make test-slow`` at 200 more, ``make fuzz`` at 2,000, or
+``make fuzz FIRST=5000 NETWORKS=10000``. The number of a network is its seed. A failure prints the smallest network it
+could be cut down to, as Python.
 """
 
 from __future__ import annotations
