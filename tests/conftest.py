@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny, and tests run side by side, one worker for each core: more threads only wait for one another. Set
+# before torch is imported, and in the environment, so that it holds in the processes that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ transformers.logging.disable_progress_bar()
 # No deadline: the first example of a test pays for imports. Derandomised: a failure is the same on every machine.
 settings.register_profile("graphprune", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("graphprune")
-torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+torch.set_num_threads(1)  # also where torch had been imported already
 
 
 @pytest.fixture(autouse=True)
