@@ -97,7 +97,12 @@ def test_groups_follow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "heads"), [("attention without weights", 1), ("encoder, norm first", 2), ("transformer", 3)]
+    ("name", "heads"),
+    [
+        ("attention without weights", 1),
+        ("encoder, norm first", 2),
+        pytest.param("transformer", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_heads_of_torchs_own_attention(name: str, heads: int) -> None:
     make, call, _ = BLOCKS[name]
