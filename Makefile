@@ -14,8 +14,9 @@ demo: setup $(MODEL)
 	mkdir -p $(dir $(OUT))
 	$(BIN)/python examples/demo.py $(MODEL) $(OUT)
 
+# worksteal: a file stays with one worker as long as it can, so that what its tests share is made once.
 test: setup $(MODEL)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup $(MODEL)
 	$(BIN)/python -m pytest -m slow

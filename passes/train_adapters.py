@@ -117,7 +117,6 @@ def train(program: Program, adapted: Adapted, settings: Training, steps: int, wa
     device = next(adapted.model.parameters()).device
     parameters = list(adapted.trainable().values())
     optimizer = _OPTIMIZERS[settings.optimizer](parameters, lr=settings.lr, **settings.options)  # type: ignore[call-arg]
-    schedule = get_scheduler(settings.schedule, optimizer, settings.warmup_steps, steps)
     hooks = attach(watcher, optimizer)
     done, first = Trained(), 0
     checkpoint = (
@@ -126,13 +125,14 @@ def train(program: Program, adapted: Adapted, settings: Training, steps: int, wa
     generator_state = torch.get_rng_state()
     torch.manual_seed(settings.seed)
     try:
+        rates = _learning_rates(settings, steps)
         if checkpoint is not None:
             first = checkpoint.load(adapted, optimizer, watcher, done)
-            for _ in range(first):
-                schedule.step()
         for step, batch in enumerate(_batches(batches, settings.seed, steps)):
             if step < first:
                 continue
+            for group in optimizer.param_groups:
+                group["lr"] = rates[step]
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
                 loss = calibration_loss(adapted.model, batch, settings.seed) / count_samples(batch)
             if math.isfinite(loss.item()):
@@ -145,7 +145,6 @@ def train(program: Program, adapted: Adapted, settings: Training, steps: int, wa
                 optimizer.step()
                 optimizer.zero_grad()
                 done.losses.append(loss.item())
-            schedule.step()
             if program.progress is not None:
                 program.progress(f"training: step {step + 1} of {steps}, loss {loss.item():.3f}")
             if checkpoint is not None and (step + 1) % settings.checkpoint_steps == 0:
@@ -159,6 +158,21 @@ def train(program: Program, adapted: Adapted, settings: Training, steps: int, wa
     if not done.losses and steps:
         raise GraphPruneError(f"None of {steps} training steps had a finite loss and gradient. The model is unchanged.")
     return done
+
+
+def _learning_rates(settings: Training, steps: int) -> list[float]:
+    """The rate of every step, those that will be skipped and those of an earlier run among them.
+
+    A stand-in takes the steps: a schedule wants every one of its own to follow one of the optimizer.
+    """
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=settings.lr)
+    schedule = get_scheduler(settings.schedule, stand_in, settings.warmup_steps, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(float(schedule.get_last_lr()[0]))
+        stand_in.step()
+        schedule.step()
+    return rates
 
 
 def _batches(batches: list[dict[str, Any]], seed: int, steps: int) -> Iterator[dict[str, Any]]:

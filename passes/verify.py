@@ -263,7 +263,8 @@ def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) 
     for a, b in zip(found, expected, strict=True):
         if a.numel() == 0:
             continue
-        scale = max(float(b.double().abs().max()), 1e-30) if b.is_floating_point() else 1.0
-        difference = float((a.double() - b.double()).abs().max()) / scale
+        a, b, floating = a.detach().double(), b.detach().double(), b.is_floating_point()
+        scale = max(float(b.abs().max()), 1e-30) if floating else 1.0
+        difference = float((a - b).abs().max()) / scale
         worst = max(worst, difference if difference == difference else float("inf"))
     return worst

@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tokenizers import Tokenizer
@@ -15,8 +14,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graphprune.cli import main
-from graphprune.passes.methods import METHODS
-from graphprune.passes.score.registry import _CRITERIA
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMOLLM2 = ".cache/SmolLM2-135M-Instruct.Q4_1.gguf"  # where `make setup` puts it, and pages look for it
@@ -29,14 +26,13 @@ _NUMBER = re.compile(r"\d[\d.,]*(?:e[+-]?\d+)?")
 def run_page(text: str, name: str, scope: dict[str, Any], replaced: dict[str, str] | None = None) -> None:
     """Run every block of ``python`` and every command of a block of ``sh`` in the current folder, in order.
 
-    ``replaced`` is what stands in for parts of the page: text → text. Methods and criteria that it adds go with it.
+    ``replaced`` is what stands in for parts of the page: text → text.
     """
     for old, new in (replaced or {}).items():
         assert old in text, f"{old!r} is not on the page any more"
         text = text.replace(old, new)
-    with patch.dict(METHODS), patch.dict(_CRITERIA):
-        for kind, code in _BLOCK.findall(text):
-            _run_block(kind, code, name, scope)
+    for kind, code in _BLOCK.findall(text):
+        _run_block(kind, code, name, scope)
 
 
 def _run_block(kind: str, code: str, name: str, scope: dict[str, Any]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -74,6 +75,20 @@ class ToyTransformer(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
+
+
+def quick(values: Iterable[Any], few: Collection[Any]) -> list[Any]:
+    """Parameters of a test: ``few`` of the ``values`` are run by ``make test``, all others by ``make test-slow``.
+
+    For values that go the same way through the code; those few are of every kind there is.
+    """
+    found = list(values)
+    assert not set(few) - set(found)
+    several = [value if isinstance(value, tuple) else (value,) for value in found]
+    return [
+        pytest.param(*one, marks=() if value in few else pytest.mark.slow)
+        for value, one in zip(found, several, strict=True)
+    ]
 
 
 def toy(blocks: int = 2, **sizes: int) -> ToyTransformer:

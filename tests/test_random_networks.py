@@ -1,7 +1,8 @@
 """Random networks: whatever is prunable in them is pruned right, proved by the oracle in float64.
 
-``make test`` looks at 300 networks, ``make fuzz`` at 2,000, or ``make fuzz FIRST=5000 NETWORKS=10000``. The number of a
-network is its seed. A failure prints the smallest network it could be cut down to, as Python.
+``make test`` looks at 100 networks, ``make test-slow`` at 200 more, ``make fuzz`` at 2,000, or
+``make fuzz FIRST=5000 NETWORKS=10000``. The number of a network is its seed. A failure prints the smallest network it
+could be cut down to, as Python.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from graphprune.rules import registry
 from graphprune.trace.skeleton import names
 
 FIRST, NETWORKS, BLOCK = int(os.environ.get("FIRST", 0)), int(os.environ.get("NETWORKS", 300)), 50
+BLOCKS = range(FIRST, FIRST + NETWORKS, BLOCK)
+QUICK = 2  # blocks
 EXACT = 1e-9
 
 
@@ -109,7 +112,9 @@ def _explain(network: Network, what: str) -> str:
     return f"random_network({network.seed}): {failure(least)}\n\n{least.source}\nwhich is\n{least!r}"
 
 
-@pytest.mark.parametrize("first", range(FIRST, FIRST + NETWORKS, BLOCK))
+@pytest.mark.parametrize(
+    "first", [*BLOCKS[:QUICK], *(pytest.param(first, marks=pytest.mark.slow) for first in BLOCKS[QUICK:])]
+)
 def test_random_networks(first: int) -> None:
     """No network is pruned wrong, and in most of them there is something to prune."""
     seeds = range(first, min(first + BLOCK, FIRST + NETWORKS))

@@ -182,11 +182,16 @@ def _names() -> list[str]:
     for title, table in tables:
         what = "Criteria, each a method by itself:" if table is _CRITERIA else "Allocations:"
         lines += ["", what, "", f"| `{title}` | |", "|---|---|"]
-        for name in sorted(name for name, one in table.items() if one.__module__.startswith("graphprune.")):
+        for name in sorted(own(table)):
             first = markdown((inspect.getdoc(table[name]) or "").partition("\n\n")[0]).replace("\n", " ")
             escaped = first.replace("|", "\\|")
             lines.append(f"| `{name}` | {escaped} |")
     return lines
+
+
+def own(table: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """What graphprune itself has put into a registry; code that was run from a string may be of no module at all."""
+    return {name: one for name, one in table.items() if (one.__module__ or "").startswith("graphprune.")}
 
 
 def fields_of(thing: Any) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -408,6 +409,7 @@ def test_rows_go_to_other_processes(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- damage
 
+# The imports are what takes time: done once, before a process is forked off for each of the moments to be killed at.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
@@ -415,7 +417,7 @@ sys.path[:0] = {paths!r}
 from graphprune.data import shards
 from test_corpus import INSTRUCTIONS, TEXTS, made
 shards.SHARD_TOKENS = 300
-left, write = {left}, shards.write
+write = shards.write
 def dying(file, data):
     global left
     left -= 1
@@ -424,18 +426,31 @@ def dying(file, data):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 shards.write = dying
-made(TEXTS, Path({folder!r}))
+for left in {moments}:
+    if not os.fork():
+        made(TEXTS, Path({folder!r}, str(left)))
+        os._exit(0)
+    print(-os.waitstatus_to_exitcode(os.wait()[1]))
 """
+MOMENTS = [30, 61, 64, 65]  # in the spool, in a shard, in the last one, in the index
 
 
-@pytest.mark.parametrize("left", [30, 61, 64, 65])  # in the spool, in a shard, in the last one, in the index
-def test_killed_while_preparing(left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each of the moments leaves behind, in a folder of its name."""
+    folder, paths = tmp_path_factory.mktemp("killed"), [str(ROOT), str(Path(__file__).parent)]
+    script = SCRIPT.format(paths=paths, moments=MOMENTS, folder=str(folder))
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}  # whose threads no fork has
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(MOMENTS), done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("left", MOMENTS)
+def test_killed_while_preparing(left: int, killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 300)
     made(TEXTS, tmp_path / "whole")
-    paths = [str(ROOT), str(Path(__file__).parent)]
-    script = SCRIPT.format(paths=paths, left=left, folder=str(tmp_path / "killed"))
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    shutil.copytree(killed / str(left), tmp_path / "killed")
     assert any(name.endswith(".partial") for name in contents(tmp_path / "killed"))
     assert not [*tmp_path.glob("killed/*/index.json")]
     made(TEXTS[:-1], tmp_path / "killed")  # of other data, removes what was left

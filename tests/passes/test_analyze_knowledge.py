@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, analyse, plan_removing, randomise, snapshot, toy
+from helpers import X, analyse, plan_removing, quick, randomise, snapshot, toy
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -137,8 +137,16 @@ def loss_of(model: nn.Module, dense: nn.Module, knowledge: Knowledge, data: Any)
         return float((found - expected).square().sum() / expected.square().sum())
 
 
-@pytest.mark.parametrize("inner_axes", [False, True], ids=["outer", "inner"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "inner_axes"),
+    quick(
+        [(name, inner) for name in MODELS for inner in (False, True)],
+        {
+            *(("llama", False), ("bert", False), ("twice", False)),
+            *(("tied", True), ("mixtral", True), ("pictures", True), ("toy", True)),
+        },
+    ),
+)
 def test_it_is_the_loss_of_the_model_that_is_really_pruned(name: str, inner_axes: bool) -> None:
     make, data, inputs = MODELS[name]
     model = make()
@@ -300,7 +308,10 @@ def test_whatever_decides_a_loss_is_measured_again(forwards: list[int], tmp_path
         assert forwards
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"format": 1}', '{"format": 0}', "losses", "dense"])
+@pytest.mark.parametrize(
+    "damage",
+    quick(["", "[]", "{", '{"format": 1}', '{"format": 0}', "losses", "dense"], {"[]", "{", '{"format": 0}', "losses"}),
+)
 def test_a_damaged_entry_is_measured_again(damage: str, forwards: list[int], tmp_path: Path) -> None:
     first = run(llama(), TOKENS, cache=tmp_path)
     (path,) = tmp_path.iterdir()
@@ -328,7 +339,10 @@ def test_the_default_folder_and_one_that_cannot_be_written(
     assert found == run(toy(2), [{"x": X}], X)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    "error",
+    quick([KeyboardInterrupt, RuntimeError, torch.OutOfMemoryError], {KeyboardInterrupt, torch.OutOfMemoryError}),
+)
 def test_interrupted_half_way_the_model_is_as_before_and_the_rest_is_done_later(
     error: type[BaseException], forwards: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +401,7 @@ def test_a_model_that_draws_random_numbers_runs_on_one_device(monkeypatch: pytes
 # --------------------------------------------------------------------------------------------------------------- use
 
 
-@pytest.mark.parametrize("method", ["magnitude", "llm-pruner", "ppm", "slimgpt"])
+@pytest.mark.parametrize("method", quick(["magnitude", "llm-pruner", "ppm", "slimgpt"], {"magnitude", "ppm"}))
 def test_the_worst_groups_stay_whole_with_every_method(method: str) -> None:
     model = llama()
     knowledge = run(model, TOKENS)

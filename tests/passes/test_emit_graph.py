@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import X, plan_removing, randomise, snapshot
+from helpers import X, plan_removing, quick, randomise, snapshot
 from test_adversarial import BLOCKS, Wrapped
 from test_architectures import build
 from torch import Tensor, fx, nn
@@ -97,7 +97,12 @@ def test_groups_follow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "heads"), [("attention without weights", 1), ("encoder, norm first", 2), ("transformer", 3)]
+    ("name", "heads"),
+    [
+        ("attention without weights", 1),
+        ("encoder, norm first", 2),
+        pytest.param("transformer", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_heads_of_torchs_own_attention(name: str, heads: int) -> None:
     make, call, _ = BLOCKS[name]
@@ -107,7 +112,7 @@ def test_heads_of_torchs_own_attention(name: str, heads: int) -> None:
     assert [size for axis, size in found.items() if "in_proj" in axis].count(4) == heads
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama_tied", "bert", "t5"])
+@pytest.mark.parametrize("name", quick(["gpt2", "llama_tied", "bert", "t5"], {"gpt2", "t5"}))
 def test_what_is_free_in_the_module_is_free_in_the_graph(name: str) -> None:
     model = build(name)
     module, graph = (graphprune.inspect(model, inner_axes=True, emit=emit) for emit in ("module", "graph"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.integrations.moe  # noqa: F401  (registers its operators)
-from helpers import analyse, check_every_axis, plan_removing, randomise, snapshot
+from helpers import analyse, check_every_axis, plan_removing, quick, randomise, snapshot
 from test_architectures import _hf as hf
 from torch import Tensor, nn
 
@@ -420,8 +420,18 @@ def mixture_of(name: str, implementation: str = "grouped_mm") -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    quick(
+        [(name, how) for name in MIXTURES for how in ("grouped_mm", "batched_mm")],
+        {
+            ("mixtral", "grouped_mm"),
+            ("mixtral", "batched_mm"),
+            ("qwen3_moe", "grouped_mm"),
+            ("deepseek_v3_in_groups", "grouped_mm"),
+        },
+    ),
+)
 def test_every_axis(name: str, implementation: str) -> None:
     model = mixture_of(name, implementation)
     found = unlocked(model)
@@ -439,7 +449,7 @@ def len_of(model: nn.Module, axis: str) -> int:
     return next(g.size for g in graphprune.inspect(model, experts=True).groups if g.name == axis)
 
 
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", quick(MIXTURES, {"mixtral", "deepseek_v3_in_groups"}))
 def test_compile_save_load_generate(name: str, tmp_path: Any) -> None:
     model = mixture_of(name)
     unchanged = snapshot(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from helpers import analyse, randomise, snapshot, toy
+from helpers import analyse, quick, randomise, snapshot, toy
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -202,8 +203,13 @@ def test_convolutions(order: str) -> None:
     assert {"stem.weight[0].0", "wide.weight[0]"} <= set(names)
 
 
-@pytest.mark.parametrize(("make", "order"), [(llama, "vector"), (llama, "mixed"), (gpt2, "first")])
-@pytest.mark.parametrize("aggregation", ["prod", "max"])
+@pytest.mark.parametrize(
+    ("make", "order", "aggregation"),
+    quick(
+        [(*one, how) for one in ((llama, "vector"), (llama, "mixed"), (gpt2, "first")) for how in ("prod", "max")],
+        {(llama, "vector", "prod"), (llama, "mixed", "max"), (gpt2, "first", "prod")},
+    ),
+)
 def test_slices_are_aggregated(make: Any, order: str, aggregation: str) -> None:
     check(make(), IN_BATCHES, next_token, order, aggregation=aggregation)
 
@@ -440,8 +446,16 @@ def _state(model: nn.Module) -> Callable[[], None]:
     return check
 
 
-@pytest.mark.parametrize("order", ["first", "mixed"])
-@pytest.mark.parametrize("data", [ONE, IN_BATCHES], ids=["one batch", "batches"])
+@pytest.mark.parametrize(
+    ("order", "data"),
+    [
+        pytest.param("first", ONE, marks=pytest.mark.slow),
+        ("first", IN_BATCHES),
+        ("mixed", ONE),
+        pytest.param("mixed", IN_BATCHES, marks=pytest.mark.slow),
+    ],
+    ids=["first-one batch", "first-batches", "mixed-one batch", "mixed-batches"],
+)
 def test_the_model_is_not_changed(order: str, data: Any) -> None:
     model = llama().train()
     program = analyse(model, None, method=f"taylor-{order}", data=data)
@@ -519,8 +533,13 @@ def test_a_model_with_a_device_map() -> None:
     assert all(torch.allclose(found[name], scores, rtol=1e-4) for name, scores in plain.items())
 
 
-@pytest.mark.parametrize("method", ["llm-pruner", "taylor-mixed"])
-@pytest.mark.parametrize("aggregation", ["sum", "last"])
+@pytest.mark.parametrize(
+    ("method", "aggregation"),
+    quick(
+        itertools.product(("llm-pruner", "taylor-mixed"), ("sum", "last")),
+        {("llm-pruner", "sum"), ("taylor-mixed", "last")},
+    ),
+)
 def test_the_smallest_scores_go(method: str, aggregation: str) -> None:
     model = llama()
     options: dict[str, Any] = {"include": ["*.mlp"], "aggregation": aggregation}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from graphprune.passes.train_adapters import Nothing, Training, train
 from graphprune.passes.train_lhspg import HalfSpace, Lhspg, train_lhspg
 from graphprune.passes.train_loraprune import LoraPrune, _Masks, train_loraprune
 from graphprune.passes.tune_adapters import tune_adapters
-from tests.helpers import snapshot
+from tests.helpers import quick, snapshot
 from tests.passes.test_adapted import SIZES, TOKENS, adapted, plain
 
 DATA = torch.randint(0, 97, (12, 10), generator=torch.Generator().manual_seed(2))
@@ -41,9 +43,14 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "merge", "optimizer"),
+    quick(
+        itertools.product(("llama", "gpt2"), (True, False), ("adamw", "sgd")),
+        # Every two settings of any two of them meet.
+        {("llama", True, "adamw"), ("llama", False, "sgd"), ("gpt2", True, "sgd"), ("gpt2", False, "adamw")},
+    ),
+)
 def test_exactly_the_wanted_structures_are_zero_and_slicing_changes_nothing(
     kind: str, merge: bool, optimizer: str
 ) -> None:
@@ -189,6 +196,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.filterwarnings("error:.*lr_scheduler")
 @pytest.mark.parametrize("method", ["lhspg", "loraprune", "tune"])
 def test_an_interrupted_run_goes_on_to_the_same_result(method: str, tmp_path: Path) -> None:
     def passes(checkpoint: Path | None) -> tuple[Pass, ...]:
@@ -221,6 +229,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(method: str, tmp_path: Pa
         graphprune.compile(model, 0.2, passes=passes(checkpoint), data=DATA)
 
 
+@pytest.mark.filterwarnings("error:.*lr_scheduler")
 def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     program, view = adapted()
     program.options.data = DATA
@@ -228,16 +237,42 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(monkeypatch: pytest.M
 
     def sometimes(*args: Any) -> torch.Tensor:
         number = next(calls)
-        bad = {1: float("nan"), 3: float("inf")}.get(number)
+        bad = {0: float("nan"), 1: float("nan"), 3: float("inf")}.get(number)
         return plain_loss(*args) * (1.0 if bad is None else bad)
 
     monkeypatch.setattr(train_adapters, "calibration_loss", sometimes)
     done = train(program, view, Training(), 6, Nothing())
-    assert (done.skipped, len(done.losses)) == (2, 4)
+    assert (done.skipped, len(done.losses)) == (3, 3)
     assert all(bool(p.isfinite().all()) for p in view.model.parameters())
     monkeypatch.setattr(train_adapters, "calibration_loss", lambda *args: plain_loss(*args) * float("nan"))
     with pytest.raises(GraphPruneError, match="None of 3 training steps"):
         train(program, view, Training(), 3, Nothing())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+def test_every_step_has_the_rate_of_the_schedule(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are skipped have theirs too."""
+    program, view = adapted()
+    program.options.data = DATA
+    seen: list[float] = []
+    step, loss, calls = torch.optim.AdamW.step, train_adapters.calibration_loss, iter(range(6))
+
+    def noting(optimizer: torch.optim.AdamW, closure: Any = None) -> Any:
+        seen.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    monkeypatch.setattr(
+        train_adapters, "calibration_loss", lambda *args: loss(*args) * (float("nan") if next(calls) == 2 else 1.0)
+    )
+    train(program, view, Training(lr=0.02, schedule=schedule, warmup_steps=2), 6, Nothing())
+    expected = {
+        "cosine": [0.01 * (1 + math.cos(math.pi * n / 4)) for n in range(4)],
+        "linear": [0.02 * (1 - n / 4) for n in range(4)],
+        "constant_with_warmup": [0.02] * 4,
+    }[schedule]
+    expected = [0.0, 0.01, *expected]
+    assert seen == pytest.approx([rate for n, rate in enumerate(expected) if n != 2])
 
 
 def test_what_cannot_be_reached_is_refused_before_training() -> None:

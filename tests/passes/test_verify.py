@@ -218,6 +218,11 @@ def test_the_mode_is_restored_and_hooks_are_silent() -> None:
     assert calls == []
 
 
+@pytest.mark.filterwarnings("error")
+def test_outputs_may_ask_for_gradients() -> None:
+    assert largest_difference([torch.ones(2, requires_grad=True)], [torch.ones(2, requires_grad=True)]) == 0
+
+
 def test_the_difference_is_relative_to_the_largest_output() -> None:
     a, b = torch.tensor([1.0, 100.0]), torch.tensor([1.5, 100.0])
     assert largest_difference([a], [b]) == pytest.approx(0.005)

@@ -22,7 +22,7 @@ import graphprune
 from graphprune import GraphPruneError
 from graphprune.passes.add_adapters import Adapters, add_adapters
 from graphprune.recovery.mixture import MixedRows, by_degradation
-from graphprune.recovery.recover import recover_on
+from graphprune.recovery.recover import Recovered, recover_on
 from graphprune.recovery.settings import Recovery
 
 SCRIPT = Path(__file__).with_name("made.py")
@@ -77,13 +77,19 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize("after", [2, 5, 8])
-def test_an_interrupted_run_goes_on_to_the_same_result(after: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, dict[str, Any], Recovered]:
+    """A pruned model, what it is recovered with, and what that comes to."""
     dense = llama()
     model = graphprune.compile(dense, 0.2, method="magnitude")
     settings = Recovery(**{**QUICK, "checkpoint_steps": 1, "patience": 5})
     given: dict[str, Any] = {"dense": dense, "settings": settings}
-    whole = recover_on(model, corpora(), tmp_path / "whole", **given)
+    return model, given, recover_on(model, corpora(), tmp_path_factory.mktemp("whole"), **given)
+
+
+@pytest.mark.parametrize("after", [2, 5, 8])
+def test_an_interrupted_run_goes_on_to_the_same_result(after: int, uninterrupted: Any, tmp_path: Path) -> None:
+    model, given, whole = uninterrupted
 
     def stop(text: str) -> None:
         if f"step {after} of" in text:
@@ -114,9 +120,10 @@ def run(folder: Path, processes: int = 1, **options: Any) -> dict[str, Any]:
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
-    made.main(tmp_path / "one", {"rows_at_once": 2})
+    options = {"rows_at_once": 2, "rounds": 2, "round_steps": 2}
+    made.main(tmp_path / "one", options)
     one = json.loads((tmp_path / "one" / "result.json").read_text())
-    two = run(tmp_path / "two", processes=2, rows_at_once=2)
+    two = run(tmp_path / "two", processes=2, **options)
     for stage, other in zip(one["stages"], two["stages"], strict=True):
         assert stage["best"] == other["best"]
         for key in ("dense", "start"):

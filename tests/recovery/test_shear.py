@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import quick
 from recovery.words import FIRST, WORDS, tiny_model, word_tokenizer
 
 import graphprune
@@ -70,7 +71,7 @@ def load(model: Path) -> Any:
     return load_model(str(model))[0]
 
 
-@pytest.mark.parametrize("method", ["lorashear", "loraprune", "wanda-sp"])
+@pytest.mark.parametrize("method", quick(["lorashear", "loraprune", "wanda-sp"], {"lorashear", "wanda-sp"}))
 def test_it_prunes_recovers_and_measures(method: str, model: Path, data: Path, tmp_path: Path) -> None:
     dense = load(model)
     done = shear(dense, tmp_path / "run", replace(WHAT, method=method), **given(model, data))
@@ -111,19 +112,14 @@ class Stop(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.parametrize(
-    "at",
-    [
-        "pruning",
-        "training: step 3",
-        pytest.param("recovering", marks=pytest.mark.slow),
-        "pretraining: step 4",
-        pytest.param("instruct: before", marks=pytest.mark.slow),
-        "instruct: step 2",
-        pytest.param("measuring the dense", marks=pytest.mark.slow),
-        "measuring the recovered",
-    ],
-)
+MOMENTS = [
+    *("pruning", "training: step 3"),
+    *("recovering", "pretraining: step 4", "instruct: before", "instruct: step 2"),
+    *("measuring the dense", "measuring the recovered"),
+]
+
+
+@pytest.mark.parametrize("at", quick(MOMENTS, {"training: step 3", "instruct: step 2", "measuring the recovered"}))
 def test_it_goes_on_where_it_stopped(at: str, whole: Shorn, model: Path, data: Path, tmp_path: Path) -> None:
     what, options = INTERRUPTED, {**given(model, data), "instruct": data / "asked.jsonl"}
     lines: list[str] = []
@@ -174,13 +170,14 @@ def test_rows_come_evenly_from_the_sources(model: Path, data: Path, tmp_path: Pa
 
 def test_a_dry_run_writes_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     dense = load(model)
-    said = describe(dense, tmp_path / "run", WHAT, data / "texts", data / "asked.jsonl", Measures())
+    what = replace(WHAT, method="wanda-sp")
+    said = describe(dense, tmp_path / "run", what, data / "texts", data / "asked.jsonl", Measures())
     assert not (tmp_path / "run").exists()
     total = sum(p.numel() for p in dense.parameters())
-    for word in (f"{total:,}", "prune (lorashear)", "pretraining (2 sources)", "instruct (1 sources)", "left to do"):
+    for word in (f"{total:,}", "prune (wanda-sp)", "pretraining (2 sources)", "instruct (1 sources)", "left to do"):
         assert word in said
-    shear(dense, tmp_path / "run", WHAT, **given(model, data))
-    again = describe(dense, tmp_path / "run", WHAT, data / "texts", None, Measures())
+    shear(dense, tmp_path / "run", what, **given(model, data))
+    again = describe(dense, tmp_path / "run", what, data / "texts", None, Measures())
     assert again.count(" done ") == 5
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +22,13 @@ from graphprune.streaming.partial import partial_folder
 from tests.streaming.models import checkpoint, digests, llama
 
 SHARD = "12KB"
-# Kills itself, as kill -9 does, when it is told of progress for the n-th time.
+# For every line on stdin, [source, target, n], a process is forked off that kills itself, as kill -9 does, when it is
+# told of progress for the n-th time; by which signal it ended is printed. The imports, which take time, are done once.
 KILLED = """
-import os, signal, sys
-import graphprune
-
-left = int(sys.argv[3])
+import json, os, signal, sys
+import graphprune, torch, transformers
+import graphprune.streaming.stream
+from transformers import AutoConfig, AutoModelForCausalLM
 
 def say(text):
     global left
@@ -32,7 +36,12 @@ def say(text):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-graphprune.stream(sys.argv[1], sys.argv[2], 0.2, method="magnitude", max_shard_size="12KB", progress=say)
+for line in sys.stdin:
+    source, target, left = json.loads(line)
+    if not os.fork():
+        graphprune.stream(source, target, 0.2, method="magnitude", max_shard_size="12KB", progress=say)
+        os._exit(0)
+    print(-os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
@@ -56,11 +65,29 @@ def steps(dense: Path, target: Path) -> int:
     return len(told)
 
 
-def kill_and_go_on(dense: Path, folder: Path, moments: list[int], whole: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def killed() -> Iterator[Callable[[Path, Path, int], int]]:
+    """Streams from one folder to another in a process that is killed; returns the signal."""
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}  # no fork has threads
+    command, pipe = [sys.executable, "-c", KILLED], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def run(source: Path, target: Path, moment: int) -> int:
+            process.stdin.write(json.dumps([str(source), str(target), moment]) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield run
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+def kill_and_go_on(dense: Path, folder: Path, moments: list[int], whole: dict[str, str], killed: Any) -> None:
     target = folder / "small"
     for moment in moments:
-        done = subprocess.run([sys.executable, "-c", KILLED, str(dense), str(target), str(moment)], check=False)
-        assert done.returncode == -signal.SIGKILL
+        assert killed(dense, target, moment) == signal.SIGKILL
         assert not target.exists()
         (partial,) = folder.iterdir()
         assert partial.name.startswith(".small.")
@@ -69,19 +96,20 @@ def kill_and_go_on(dense: Path, folder: Path, moments: list[int], whole: dict[st
     assert sorted(path.name for path in folder.iterdir()) == ["small"]  # the partial folder is gone
 
 
-def test_killed_twice(dense: Path, tmp_path: Path, whole: dict[str, str]) -> None:
+def test_killed_twice(dense: Path, tmp_path: Path, whole: dict[str, str], killed: Any) -> None:
     last = steps(dense, tmp_path / "steps")
     (tmp_path / "here").mkdir()
-    kill_and_go_on(dense, tmp_path / "here", [last - 12, 17], whole)
+    kill_and_go_on(dense, tmp_path / "here", [last - 12, 17], whole, killed)
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random(dense: Path, tmp_path: Path, whole: dict[str, str]) -> None:
+def test_killed_ten_times_at_random(dense: Path, tmp_path: Path, whole: dict[str, str], killed: Any) -> None:
     last = steps(dense, tmp_path / "steps")
     moments = random.Random(0)
     for n in range(5):
         (tmp_path / str(n)).mkdir()
-        kill_and_go_on(dense, tmp_path / str(n), [moments.randint(2, last // 2), moments.randint(2, last // 2)], whole)
+        at = [moments.randint(2, last // 2), moments.randint(2, last // 2)]
+        kill_and_go_on(dense, tmp_path / str(n), at, whole, killed)
 
 
 class Stopped(BaseException):

@@ -32,10 +32,10 @@ def in_memory(source: Path, target: Path, ratio: float, dtype: Any = None, shard
 @pytest.mark.parametrize(
     ("make", "shard", "how"),
     [
-        (llama, "30KB", {"method": "magnitude"}),
+        pytest.param(llama, "30KB", {"method": "magnitude"}, marks=pytest.mark.slow),
         (tied, "30KB", {"method": "l1", "inner_axes": True, "exclude": ["model.layers.1.self_attn"]}),
         (qwen2, "5GB", {"method": "random", "seed": 3, "round_to": 4, "dtype": torch.float16}),
-        (gpt2, "5GB", {"method": "magnitude", "inner_axes": True}),
+        pytest.param(gpt2, "5GB", {"method": "magnitude", "inner_axes": True}, marks=pytest.mark.slow),
         (mixtral, "60KB", {"method": "magnitude", "inner_axes": True, "experts": True}),
         (llama, "30KB", {"method": "peak-to-peak", "width": True, "deploy": "transformers"}),
     ],
@@ -126,9 +126,9 @@ def test_no_more_than_a_piece_is_held(tmp_path: Path, monkeypatch: pytest.Monkey
         (llama, "ppm", {}),
         (tied, "wanda-sp", {"data": "sampled", "inner_axes": True}),
         (gpt2, "flap", {"data": "random"}),
-        (llama, "flap", {"data": "random", "dtype": torch.float32}),
+        pytest.param(llama, "flap", {"data": "random", "dtype": torch.float32}, marks=pytest.mark.slow),
         (mixtral, "slimgpt", {"data": "random"}),
-        (qwen2, "flap-wifn", {"data": torch.arange(64).reshape(2, 32) % 96}),
+        pytest.param(qwen2, "flap-wifn", {"data": torch.arange(64).reshape(2, 32) % 96}, marks=pytest.mark.slow),
     ],
 )
 def test_methods_that_look_at_activations_bring_weights_from_disk(

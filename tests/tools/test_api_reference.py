@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 import graphprune
-from graphprune.passes.score.registry import _CRITERIA, Criterion
+from graphprune.passes.allocate_budget import allocation
+from graphprune.passes.score.registry import _CRITERIA, criterion
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -34,19 +35,23 @@ def tool(load_tool: Callable[[str], ModuleType]) -> ModuleType:
     return load_tool("api_reference")
 
 
-def ours() -> dict[str, Criterion]:
-    """The criteria of graphprune itself: other tests add some."""
-    return {name: one for name, one in _CRITERIA.items() if one.__module__.startswith("graphprune.")}
-
-
-def test_every_public_name_has_an_entry() -> None:
+def test_every_public_name_has_an_entry(tool: ModuleType) -> None:
     text = PAGE.read_text("utf-8")
     assert [name for name in graphprune.__all__ if f"### `graphprune.{name}`\n" not in text] == []
-    assert [name for name in ours() if f"| `{name}` |" not in text] == []
+    assert [name for name in tool.own(_CRITERIA) if f"| `{name}` |" not in text] == []
 
 
 def test_it_is_up_to_date(tool: ModuleType) -> None:
     assert tool.build() == PAGE.read_text("utf-8"), "run python tools/api_reference.py"
+
+
+def test_what_a_user_registers_is_not_in_it(tool: ModuleType) -> None:
+    before = tool.build()
+    exec("@criterion('of-no-module')\ndef scores(program): return {}", {"criterion": criterion})
+    assert _CRITERIA["of-no-module"].__module__ is None
+    criterion("of-a-test")(lambda program: {})
+    allocation("of-a-test")(lambda program: {})
+    assert tool.build() == before
 
 
 def test_docstrings_name_every_argument_and_field(tool: ModuleType) -> None:
@@ -70,7 +75,7 @@ def test_docstrings_name_the_paper(tool: ModuleType) -> None:
     for name, number in FROM_A_PAPER.items():
         assert f"arXiv {number}" in docs[name], name
         assert re.search(r"\b(Eq|Alg)\. \d", docs[name]), name
-    for name, function in ours().items():
+    for name, function in tool.own(_CRITERIA).items():
         said = f"{function.__doc__}{sys.modules[function.__module__].__doc__}"
         assert name in ("l1", "l2", "random") or "arXiv" in said, name
 
