@@ -48,8 +48,10 @@ def libraries_at(level: str) -> Iterator[None]:
 
 
 def print_json(data: Any) -> None:
-    """The outcome for ``--json``."""
-    print(json.dumps(data, indent=1, allow_nan=False))
+    """The outcome for ``--json``; numbers that are not finite as text."""
+    from graphprune.evaluate.evaluation import finite
+
+    print(json.dumps(finite(data), indent=1, allow_nan=False))
 
 
 def write_text(path: Path, text: str) -> None:

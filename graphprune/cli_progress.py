@@ -33,7 +33,7 @@ def _read(text: str) -> _Said:
     if not counts:
         return _Said(text, text, 0.0, None)
     done, total = (float(number.rstrip(".,").replace(",", "")) for number in counts[-1].groups())
-    return _Said(text, text[: counts[-1].start()], done, total)
+    return _Said(text, text[: counts[-1].start()].rstrip(": "), done, total)
 
 
 @contextmanager

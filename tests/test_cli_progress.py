@@ -8,10 +8,14 @@ import time
 from typing import Any
 
 import pytest
+import torch
+from recovery.words import tiny_model, word_tokenizer
 from rich.console import Console
 
+import graphprune
 from graphprune import cli_progress
 from graphprune.cli_progress import _bar, progress
+from graphprune.evaluate import perplexity
 
 SAID = ["loading", "training: step 1 of 1,000, loss 2.1", *(f"training: step {n} of 1,000" for n in range(2, 400))]
 
@@ -72,6 +76,30 @@ def test_a_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPatch, keep: b
 
 def test_what_is_counted() -> None:
     read = cli_progress._read
-    assert read("sampling texts 1 to 4 of 8: 5 of 128 tokens")[1:] == ("sampling texts 1 to 4 of 8: ", 5, 128)
-    assert read("writing x: 0.12 of 1.50 GB")[1:] == ("writing x: ", 0.12, 1.5)
+    assert read("sampling texts 1 to 4 of 8: 5 of 128 tokens")[1:] == ("sampling texts 1 to 4 of 8", 5, 128)
+    assert read("writing x: 0.12 of 1.50 GB")[1:] == ("writing x", 0.12, 1.5)
     assert read("perplexity in windows of 128 tokens")[1:] == ("perplexity in windows of 128 tokens", 0, None)
+    assert read("perplexity in windows of 128 tokens: 8 of 9")[1:] == ("perplexity in windows of 128 tokens", 8, 9)
+
+
+@pytest.mark.parametrize(
+    ("method", "last"),
+    [
+        ("wanda-sp", ["calibration: 2 of 2 batches", "adapting weights: 2 of 2"]),
+        ("llm-pruner", ["gradients: 2 of 2 batches", "gradients of blocks: 2 of 2"]),
+    ],
+)
+def test_what_takes_long_says_how_far_it_is(method: str, last: list[str]) -> None:
+    said: list[str] = []
+    batches = [{"input_ids": torch.arange(24).view(3, 8) + shift} for shift in (4, 9)]
+    options = {"data": batches, "allocation": "global", "verify": False, "progress": said.append}
+    graphprune.compile(tiny_model(), 0.1, method=method, **options)
+    counts = {read.stage: read.text for read in map(cli_progress._read, said) if read.total is not None}
+    assert list(counts.values()) == last
+
+
+def test_perplexity_says_how_far_it_is() -> None:
+    said: list[str] = []
+    text = " ".join(f"w{4 + n % 50}" for n in range(100))
+    perplexity(tiny_model(), word_tokenizer(), text, length=16, batch=4, progress=said.append)
+    assert said == ["4 of 6 windows", "6 of 6 windows"]
