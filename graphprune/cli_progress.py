@@ -89,7 +89,7 @@ def _bar(console: Console, keep: bool) -> Iterator[Say]:
                 bar.reset(task, total=said.total)
                 if keep:
                     bar.console.print(_timed(text, time.monotonic() - start), markup=False)
-            bar.update(task, description=text, completed=said.done, total=said.total)
+            bar.update(task, description=text, completed=said.done)
 
         yield say
 

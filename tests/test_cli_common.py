@@ -158,11 +158,14 @@ def test_who_reads_no_more_is_no_error() -> None:
     """As ``graphprune … | head``; in a process of its own, for its stdout is lost."""
     code = (
         "import sys; from graphprune import cli, cli_completion\n"
-        "cli_completion._script = lambda *_: 'x' * 10_000_000\n"
+        "cli_completion._script = lambda *_: 'a few words'\n"
         "sys.exit(cli.main(['completion', 'bash']))"
     )
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, env=buffered
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
