@@ -3,48 +3,105 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from graphprune import cli_card, cli_evaluate, cli_knowledge, cli_report, cli_shear, cli_stream, cli_viz
-from graphprune.errors import GraphPruneError
+import graphprune
+from graphprune import (
+    cli_card,
+    cli_completion,
+    cli_config,
+    cli_evaluate,
+    cli_export,
+    cli_knowledge,
+    cli_report,
+    cli_shear,
+    cli_stream,
+    cli_viz,
+)
+from graphprune.cli_common import add_common, libraries_at, print_json
+from graphprune.cli_progress import progress
+from graphprune.errors import GraphPruneError, first_line
 
 _EXAMPLES = """examples:
   graphprune inspect model.gguf
   graphprune prune model.gguf --ratio 0.2 -o smaller --method slimgpt --data text.txt
+  graphprune eval model.gguf smaller --text test.jsonl
+  graphprune COMMAND --help
+
+exit codes: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted
+"""
+_PRUNE = """examples:
+  graphprune prune some-org/some-model --ratio 0.2 -o smaller
+  graphprune prune model.gguf --ratio 0.3 -o smaller --method slimgpt --data text.jsonl --samples 64 --length 256
   graphprune prune some-org/some-model --ratio 0.3 -o smaller --include '*.mlp' --round-to 64
+  graphprune prune --config smaller/run.yaml --ratio 0.4 -o smallest
+"""
+_INSPECT = """examples:
+  graphprune inspect model.gguf
+  graphprune inspect some-org/some-model --width --json
 """
 _DATA = "calibration texts: .txt or .jsonl files (field 'text'), or 'snippets' (default), 'sampled', or 'random'"
+_NOTHING = "nothing was written"
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 an error that was explained, 2 wrong usage."""
-    options = _parser().parse_args(argv)
+    """Run the command line; returns the exit code.
+
+    0 done, 1 an error that was explained, 130 interrupted. Wrong usage exits with 2. With ``--debug`` errors are
+    raised.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug, options = "--debug" in argv, None
     try:
-        options.run(options)
-    except GraphPruneError as error:
-        print(f"graphprune: {error}", file=sys.stderr)
-        return 1
+        parser, commands = _parsers()
+        options = cli_config.parse(parser, commands, argv)
+        debug = debug or getattr(options, "debug", False)
+        with libraries_at(getattr(options, "log_level", "info")):
+            options.run(options)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"graphprune: interrupted, {options.interrupted}", file=sys.stderr)
-        return 130
+        print(f"graphprune: interrupted, {getattr(options, 'interrupted', _NOTHING)}", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # what reads has enough, as head does; Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        explained = isinstance(error, GraphPruneError)
+        unexpected = f"unexpected {type(error).__name__}: {first_line(error)} (--debug shows where)"
+        print(f"graphprune: {error if explained else unexpected}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
+    return _parsers()[0]
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The whole parser, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="graphprune",
         description="Prune a model: a smaller dense model of the same class, proven equal to the masked original.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(interrupted="nothing was written")
+    parser.set_defaults(interrupted=_NOTHING)
+    parser.add_argument("--version", action="version", version=f"graphprune {graphprune.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    prune = commands.add_parser("prune", help="remove a share of the parameters and save the result")
+    prune = commands.add_parser(
+        "prune",
+        help="remove a share of the parameters and save the result",
+        epilog=_PRUNE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     prune.set_defaults(run=_prune)
     prune.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
@@ -92,10 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--device", metavar="NAME", help="where data runs, such as cuda; weights come block by block")
     prune.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
-    prune.add_argument("--json", action="store_true", help="print the report as JSON")
     cli_stream.add_options(prune)
 
-    inspect = commands.add_parser("inspect", help="show what hangs together, what is pinned and why")
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what hangs together, what is pinned and why",
+        epilog=_INSPECT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     inspect.set_defaults(run=_inspect)
     inspect.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
@@ -107,38 +168,51 @@ def _parser() -> argparse.ArgumentParser:
     cli_shear.add_commands(commands)
     cli_evaluate.add_commands(commands)
     cli_report.add_command(commands)
+    cli_export.add_command(commands)
     cli_card.add_command(commands)
-    return parser
+    for command in commands.choices.values():
+        if command.add_help:  # all but lm_eval, whose options are its own
+            add_common(command)
+    cli_completion.add_command(commands, parser)
+    return parser, dict(commands.choices)
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    import graphprune
     from graphprune.io.models import load_model
 
-    model, _ = load_model(options.model)
-    found = graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width, experts=options.experts)
-    print(found)
+    with progress(options) as say:
+        say(f"loading {options.model}")
+        model, _ = load_model(options.model)
+        say("tracing")
+        found = graphprune.inspect(model, inner_axes=options.inner_axes, width=options.width, experts=options.experts)
+    if options.json:
+        print_json(found.to_dict())
+    else:
+        print(found)
 
 
 def _prune(options: argparse.Namespace) -> None:
-    import torch
-    from rich.console import Console
-
-    import graphprune
-    from graphprune.evaluate.macs import count_macs, positions
-    from graphprune.io.folder import save
-    from graphprune.io.models import load_model
-    from graphprune.trace.inputs import example_inputs_for
-
     output = Path(options.output)
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
     if options.stream:
         cli_stream.run(options)
-        return
+    else:
+        _prune_in_memory(options, output)
+    cli_config.write_run(options, output)
+
+
+def _prune_in_memory(options: argparse.Namespace, output: Path) -> None:
+    import torch
+
+    from graphprune.evaluate.macs import count_macs, positions
+    from graphprune.io.folder import save
+    from graphprune.io.models import load_model
+    from graphprune.trace.inputs import example_inputs_for
+
     choices = plan_choices(options)
-    console = Console(stderr=True)
-    with console.status(f"loading {options.model}") as status:
+    with progress(options) as say:
+        say(f"loading {options.model}")
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
         first = next(model.parameters())
         inputs = example_inputs_for(model, first.device, first.dtype)
@@ -153,16 +227,16 @@ def _prune(options: argparse.Namespace) -> None:
             verify=not options.no_verify,
             inplace=True,
             **choices,
-            progress=status.update,
+            progress=say,
         )
-        status.update(f"writing {output}")
+        say(f"writing {output}")
         save(pruned, output, tokenizer=tokenizer, max_shard_size=options.max_shard_size, portable=options.portable)
     found = graphprune.report(pruned)
     facts = summary(found, (macs, count_macs(pruned, inputs) // positions(inputs)))
     if options.json:
         if found.fields is not None:
             facts |= {"fields": found.fields, "unsaid": found.unsaid}
-        print(json.dumps({**facts, "widths": found.widths, "skipped": found.skipped, "output": str(output)}, indent=1))
+        print_json({**facts, "widths": found.widths, "skipped": found.skipped, "output": str(output)})
     else:
         print_tables(found, facts)
         print(f"written to {output}")

@@ -1,14 +1,27 @@
-"""The command ``graphprune card DIR``."""
+"""The command ``graphprune card DIR --evaluation measured.json``."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from graphprune.cli_common import print_json
+
+_EXAMPLES = """examples:
+  graphprune card smaller --evaluation measured.json --license apache-2.0
+  graphprune card smaller --base-model some-org/some-model
+"""
 
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser("card", help="put measurements, a license, … into the README.md of a saved model")
+    parser = commands.add_parser(
+        "card",
+        help="put measurements, a license, … into the README.md of a saved model",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=_card)
     parser.add_argument("folder", metavar="DIR", help="a folder that graphprune wrote")
     parser.add_argument("--evaluation", metavar="FILE", help="what graphprune eval -o wrote")
@@ -26,3 +39,8 @@ def _card(options: argparse.Namespace) -> None:
         evaluations=read_evaluations(options.evaluation) if options.evaluation else None,
         metadata={name: value for name, value in metadata.items() if value is not None},
     )
+    card = str(Path(options.folder, "README.md"))
+    if options.json:
+        print_json({"output": card})
+    else:
+        print(f"written to {card}")

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphprune.cli_common import write_text
 from graphprune.cli_device import device_of
+from graphprune.cli_progress import Say, progress
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ _EXAMPLES = """examples:
 """
 _HARNESS = """The command lm_eval, unchanged, with one more model type that loads what graphprune wrote:
   graphprune lm_eval run --model graphprune --model_args pretrained=DIR --tasks arc_easy
+  graphprune lm_eval ls tasks
 """
 _BATCH_SIZES = (1, 8)
 
@@ -52,7 +55,6 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--prompt", type=int, default=128, metavar="N", help="tokens for both of these (default 128)")
     parser.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="load the weights in this dtype")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON here too; must not exist")
 
     harness = commands.add_parser(
@@ -86,26 +88,25 @@ def _eval(options: argparse.Namespace) -> None:
     limit = options.limit if options.limit is None or options.limit < 1 else int(options.limit)
     tasks = Tasks(options.tasks, include_path=options.include_path, limit=limit) if options.tasks else None
     found: dict[str, Evaluation] = {}
-    for name, title in zip(options.models, _titles(options.models), strict=True):
-        found[title] = _evaluate(options, name, text, tasks)
-        if output:  # after each: the next may fail, hours later
-            _write(output, found)
+    with progress(options, keep=True) as say:
+        for name, title in zip(options.models, _titles(options.models), strict=True):
+            found[title] = _evaluate(options, name, text, tasks, say)
+            if output:  # after each: the next may fail, hours later
+                write_text(output, _as_json(found) + "\n")
     if options.json:
         print(_as_json(found))
     else:
         Console().print(comparison(found))
 
 
-def _evaluate(options: argparse.Namespace, name: str, text: str | None, tasks: Any) -> Evaluation:
+def _evaluate(options: argparse.Namespace, name: str, text: str | None, tasks: Any, say: Say) -> Evaluation:
     """Load one model, measure it, and let it go."""
     import torch
-    from rich.console import Console
 
     from graphprune.evaluate import evaluate
     from graphprune.io.models import load_model
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"{name}: loading")
+    say(f"{name}: loading")
     model, tokenizer = load_model(name, dtype=getattr(torch, options.dtype) if options.dtype else None)
     return evaluate(
         model.to(device_of(options.device)),
@@ -118,7 +119,7 @@ def _evaluate(options: argparse.Namespace, name: str, text: str | None, tasks: A
         memory=options.memory,
         prompt=options.prompt,
         folder=name,
-        progress=lambda what: console.print(f"{name}: {what}"),
+        progress=lambda what: say(f"{name}: {what}"),
     )
 
 
@@ -132,10 +133,3 @@ def _titles(names: list[str]) -> list[str]:
 
 def _as_json(found: dict[str, Evaluation]) -> str:
     return json.dumps({title: one.to_dict() for title, one in found.items()}, indent=1, allow_nan=False)
-
-
-def _write(output: Path, found: dict[str, Evaluation]) -> None:
-    try:
-        output.write_text(_as_json(found) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise GraphPruneError(f"{output} cannot be written: {error}") from error

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from graphprune.cli_common import write_text
+from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -48,12 +50,10 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--cache", metavar="DIR", help="folder for what was measured (default ~/.cache/graphprune)")
     parser.add_argument("--no-cache", action="store_true", help="measure all of it again, and keep nothing")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _knowledge(options: argparse.Namespace) -> None:
     import torch
-    from rich.console import Console
 
     import graphprune
     from graphprune.data.calibration import MADE
@@ -66,7 +66,8 @@ def _knowledge(options: argparse.Namespace) -> None:
         if output.exists():
             raise GraphPruneError(f"{output} exists already; give a file that does not.")
     data = data_of(options.data, MADE)
-    with Console(stderr=True).status(f"loading {options.model}") as status:
+    with progress(options) as say:
+        say(f"loading {options.model}")
         model, tokenizer = load_model(options.model, dtype=getattr(torch, options.dtype) if options.dtype else None)
         found = graphprune.knowledge(
             model,
@@ -81,18 +82,11 @@ def _knowledge(options: argparse.Namespace) -> None:
             inner_axes=options.inner_axes,
             cache=None if options.no_cache else options.cache or CACHE,
             devices=options.device,
-            progress=status.update,
+            progress=say,
         )
     print(found.to_json() if options.json else found)
     for output in outputs:
         if output.suffix == ".json":
-            _write(output, found.to_json())
+            write_text(output, found.to_json() + "\n")
         else:
             found.plot(output)
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise GraphPruneError(f"{output} cannot be written: {error}") from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from graphprune.cli_common import print_json, write_text
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -29,7 +29,6 @@ def add_command(commands: Any) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="a page, .html; written anew")
     parser.add_argument("--evaluation", nargs="+", default=[], metavar="FILE", help="what graphprune eval -o wrote")
     parser.add_argument("--knowledge", metavar="FILE", help="what graphprune knowledge -o wrote as .json")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -40,11 +39,8 @@ def _report(options: argparse.Namespace) -> None:
         raise GraphPruneError(f"{output} must end in .html: the report is a page.")
     found = collect(options.folder, options.evaluation, options.knowledge)
     if options.json:
-        print(json.dumps(found.to_dict(), indent=1, allow_nan=False))
+        print_json(found.to_dict())
     else:
         show(found)
     if output is not None:
-        try:
-            output.write_text(to_html(found), encoding="utf-8")
-        except OSError as error:
-            raise GraphPruneError(f"{output} cannot be written: {error}") from error
+        write_text(output, to_html(found))

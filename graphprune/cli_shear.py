@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from graphprune import cli_config
+from graphprune.cli_common import print_json
 from graphprune.cli_device import device_of
+from graphprune.cli_progress import Say, progress
 from graphprune.errors import GraphPruneError
 
 _SHEAR = """examples:
@@ -19,6 +23,7 @@ The same command goes on where it was interrupted. In several processes: acceler
 """
 _RECOVER = """examples:
   graphprune recover smaller --dense some-org/some-model -o recovered --data corpora/ --instruct alpaca.jsonl
+  graphprune recover smaller --mixing uniform -o recovered --data c4.jsonl --rounds 4
   accelerate launch -m graphprune recover smaller --dense some-org/some-model -o recovered --data corpora/
 The same command goes on where it was interrupted; what it needs for that is in -o's sibling ending in .run.
 """
@@ -120,18 +125,16 @@ def _given(paths: list[str] | None) -> Any:
     return paths[0] if paths and len(paths) == 1 else paths
 
 
-def _sayer() -> Callable[[str], None]:
-    """Prints what happens with the minutes so far, in the first process only."""
+@contextmanager
+def _progress(options: argparse.Namespace) -> Iterator[Say]:
+    """That of the first process; the others are silent."""
     from accelerate import PartialState
-    from rich.console import Console
 
-    console, start = Console(stderr=True, highlight=False, soft_wrap=True), time.monotonic()
-
-    def say(text: str) -> None:
-        if PartialState().is_main_process:
-            console.print(f"{(time.monotonic() - start) / 60:6.1f} min  {text}", markup=False)
-
-    return say
+    if PartialState().is_main_process:
+        with progress(options, keep=True) as say:
+            yield say
+    else:
+        yield lambda text: None
 
 
 def _loaded(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
@@ -146,11 +149,12 @@ def _loaded(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _shear(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
     from rich.console import Console
 
     from graphprune.data.texts import read_texts
     from graphprune.evaluate.tasks import Tasks
-    from graphprune.recovery.dry_run import describe
+    from graphprune.recovery.dry_run import forecast
     from graphprune.recovery.shear import Measures, Shear, shear
 
     what = Shear(
@@ -172,19 +176,35 @@ def _shear(options: argparse.Namespace) -> None:
     model.to(device_of(options.device))
     measures = Measures(text, options.lengths, options.tokens, tasks)
     if options.dry_run:
-        print(describe(model, Path(options.output), what, _given(options.data), _given(options.instruct), measures))
+        found = forecast(model, Path(options.output), what, _given(options.data), _given(options.instruct), measures)
+        if options.json:
+            print_json(asdict(found))
+        else:
+            print(found)
         return
-    shear(
-        model,
-        options.output,
-        what,
-        tokenizer=tokenizer,
-        data=_given(options.data),
-        instruct=_given(options.instruct),
-        measures=measures,
-        progress=_sayer(),
-    )
-    Console().print((Path(options.output) / "report.md").read_text(encoding="utf-8").partition("\n## Settings")[0])
+    with _progress(options) as say:
+        done = shear(
+            model,
+            options.output,
+            what,
+            tokenizer=tokenizer,
+            data=_given(options.data),
+            instruct=_given(options.instruct),
+            measures=measures,
+            progress=say,
+        )
+    if not PartialState().is_main_process:
+        return
+    cli_config.write_run(options, Path(options.output))
+    if options.json:
+        print_json({"output": options.output, "stages": _told(done.stages), "evaluations": done.evaluations})
+    else:
+        Console().print((Path(options.output) / "report.md").read_text(encoding="utf-8").partition("\n## Settings")[0])
+
+
+def _told(stages: list[Any]) -> list[dict[str, Any]]:
+    """What became of the stages of recovery, without the loss of every step."""
+    return [{**asdict(stage), "means": stage.means, "steps": len(stage.steps)} for stage in stages]
 
 
 def _recover(options: argparse.Namespace) -> None:
@@ -198,22 +218,28 @@ def _recover(options: argparse.Namespace) -> None:
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
     model, tokenizer = _loaded(options.model, options)
     dense = _loaded(options.dense, options)[0] if options.dense else None
-    found = recover(
-        model,
-        output.with_name(f"{output.name}.run"),
-        data=_given(options.data),
-        instruct=_given(options.instruct),
-        tokenizer=tokenizer,
-        dense=dense,
-        settings=_settings(options),
-        length=options.length,
-        validation=options.validation,
-        most=options.most,
-        progress=_sayer(),
-    )
-    if PartialState().is_main_process:
-        save(found.model, output, tokenizer=tokenizer)
-        for stage in found.stages:
-            first, best = stage.means[0], stage.means[stage.best]
-            print(f"{stage.name}: mean validation loss {first:.4f} → {best:.4f} (round {stage.best})")
-        print(f"written to {output}")
+    with _progress(options) as say:
+        found = recover(
+            model,
+            output.with_name(f"{output.name}.run"),
+            data=_given(options.data),
+            instruct=_given(options.instruct),
+            tokenizer=tokenizer,
+            dense=dense,
+            settings=_settings(options),
+            length=options.length,
+            validation=options.validation,
+            most=options.most,
+            progress=say,
+        )
+    if not PartialState().is_main_process:
+        return
+    save(found.model, output, tokenizer=tokenizer)
+    cli_config.write_run(options, output)
+    if options.json:
+        print_json({"output": str(output), "stages": _told(found.stages)})
+        return
+    for stage in found.stages:
+        first, best = stage.means[0], stage.means[stage.best]
+        print(f"{stage.name}: mean validation loss {first:.4f} → {best:.4f} (round {stage.best})")
+    print(f"written to {output}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from graphprune.cli_common import print_json
+from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
 # What a run that never holds the model cannot do.
@@ -26,7 +27,6 @@ def add_options(prune: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prune ``options.model``, a folder, into ``options.output``."""
     import torch
-    from rich.console import Console
 
     import graphprune
     from graphprune.cli import plan_choices, print_tables, summary
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
             )
     options.interrupted = "the same command goes on from what is written"
     choices = plan_choices(options)
-    with Console(stderr=True).status(f"reading {options.model}") as status:
+    with progress(options) as say:
         found = graphprune.stream(
             options.model,
             options.output,
@@ -46,13 +46,13 @@ def run(options: argparse.Namespace) -> None:
             method=options.method,
             dtype=getattr(torch, options.dtype) if options.dtype else None,
             max_shard_size=options.max_shard_size,
-            progress=status.update,
+            progress=say,
             **choices,
         )
     facts = summary(found)
     if options.json:
         more = {"widths": found.widths, "skipped": found.skipped, "output": options.output}
-        print(json.dumps({**facts, **more}, indent=1))
+        print_json({**facts, **more})
     else:
         print_tables(found, facts)
         print(f"written to {options.output}; not proven: the weights were never in memory together")

@@ -1,4 +1,4 @@
-"""The command ``graphprune viz MODEL -o graph.html``, which ``tools/viz_graph.py`` is as well."""
+"""The command ``graphprune viz MODEL -o graph.html``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphprune.cli_common import print_json
+from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
     from graphprune.ir.plan import Plan
 
-EXAMPLES = """examples:
+_EXAMPLES = """examples:
   graphprune viz model.gguf -o graph.html
   graphprune viz some-org/some-model --config-only -o graph.svg
   graphprune viz model.gguf --plan plan.json --layer 3 -o layer3.html
@@ -24,15 +26,10 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "viz",
         help="draw what hangs together: .html to look around in, or .svg, .png, .dot",
-        epilog=EXAMPLES,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=draw)
-    add_options(parser)
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Everything that the command takes."""
+    parser.set_defaults(run=_viz)
     parser.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="graph.html, .dot, .svg or .png; written anew"
@@ -53,8 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", action="store_true", help="show whole experts of mixtures as prunable")
 
 
-def draw(options: argparse.Namespace) -> None:
-    """Run the command. Raises :class:`GraphPruneError` as its parts do."""
+def _viz(options: argparse.Namespace) -> None:
     import graphprune
     from graphprune.drawing import FORMATS, View, build_graph, write
     from graphprune.io.from_config import model_from_config
@@ -63,18 +59,25 @@ def draw(options: argparse.Namespace) -> None:
     if Path(options.output).suffix not in FORMATS:  # before the model is read
         raise GraphPruneError(f"{options.output} must end in {', '.join(FORMATS)}: the extension says what to draw.")
     plan, widths = _plan(options)
-    model = model_from_config(options.model) if options.config_only else load_model(options.model)[0]
-    found = graphprune.inspect(
-        model,
-        inner_axes=options.inner_axes,
-        width=options.width or (plan is not None and plan.width),
-        experts=options.experts or (plan is not None and plan.experts),
-    )
-    graph = build_graph(found, View(options.layer, options.group, options.operators, widths))
-    write(graph, options.output)
+    with progress(options) as say:
+        say(f"loading {options.model}")
+        model = model_from_config(options.model) if options.config_only else load_model(options.model)[0]
+        say("tracing")
+        found = graphprune.inspect(
+            model,
+            inner_axes=options.inner_axes,
+            width=options.width or (plan is not None and plan.width),
+            experts=options.experts or (plan is not None and plan.experts),
+        )
+        say("drawing")
+        graph = build_graph(found, View(options.layer, options.group, options.operators, widths))
+        write(graph, options.output)
     groups = sum(side == "group" for _, side in graph.nodes(data="side"))
     tensors = sum(side == "tensor" for _, side in graph.nodes(data="side"))
-    print(f"{options.output}: {groups} kinds of node groups, {tensors} kinds of tensors")
+    if options.json:
+        print_json({"output": options.output, "groups": groups, "tensors": tensors})
+    else:
+        print(f"{options.output}: {groups} kinds of node groups, {tensors} kinds of tensors")
 
 
 def _plan(options: argparse.Namespace) -> tuple[Plan | None, dict[str, tuple[int, int]]]:

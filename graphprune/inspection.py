@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 from graphprune.folding import by_key, common_name, fold_groups, starred
 from graphprune.ir.axes import find
@@ -59,6 +61,30 @@ class Inspection:
                     by_it_alone |= tensors
         sizes = {name: p.numel() for name, p in self.program.model.named_parameters()}
         return sum(sizes.get(name, 0) for name in by_it), sum(sizes.get(name, 0) for name in by_it_alone)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with every group by itself."""
+        prunable = {group.name for group in self.prunable}
+        return {
+            "class": type(self.program.model).__name__,
+            "prunable_share": self.prunable_share(),
+            "groups": [
+                {
+                    "name": group.name,
+                    "size": group.size,
+                    "prunable": group.name in prunable,
+                    "reason": self.skipped.get(group.name),
+                    "ragged_under": self.ragged.get(group.name),
+                    "members": [str(member) for member in group.members],
+                }
+                for group in self.groups
+            ],
+            "composed": [asdict(one) for one in self.composed],
+            "unruled": {
+                name: dict(zip(("places", "pins", "pins_alone"), (places, *self.pinned_by(name)), strict=True))
+                for name, places in self.unruled.items()
+            },
+        }
 
     def __str__(self) -> str:
         lines = [

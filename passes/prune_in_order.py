@@ -233,6 +233,7 @@ class _Operation:
         site.pruned, site.offset = put_matrices(cut.weight, dense, site.dim, site.product), cut.offset
         site.cut = None
         self._left -= 1
+        self.program.say(f"adapting weights: {len(self._sites) - self._left} of {len(self._sites)}")
 
     def _blocks(self, site: _Site, group: NodeGroup, columns: int) -> torch.Tensor:
         """The columns that each index of a group owns: int64 of shape ``(size, columns per index)``."""

@@ -171,8 +171,11 @@ def evaluate(
     if text is not None:
         joined = text if isinstance(text, str) else "\n\n".join(text)
         for length in lengths:
-            say(f"perplexity in windows of {length} tokens")
-            found.perplexity[length] = perplexity(model, tokenizer, joined, length=length, tokens=tokens)
+            what = f"perplexity in windows of {length} tokens"
+            say(what)
+            found.perplexity[length] = perplexity(
+                model, tokenizer, joined, length=length, tokens=tokens, progress=_after(say, what)
+            )
     for batch in batch_sizes:
         say(f"latency at batch {batch}")
         found.latency.append(latency(model, batch=batch, prompt=prompt))
@@ -183,6 +186,11 @@ def evaluate(
         say(f"tasks {', '.join(tasks.names)}")
         found.tasks = tasks.scores(model, tokenizer)
     return found
+
+
+def _after(say: Callable[[str], None], what: str) -> Callable[[str], None]:
+    """Says how far it is with what is being done."""
+    return lambda how_far: say(f"{what}: {how_far}")
 
 
 def _peak_memory(model: nn.Module, first: torch.Tensor, folder: str | os.PathLike[str] | None, prompt: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,14 @@ _IGNORED = -100
 
 
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str, *, length: int = 128, tokens: int | None = None, batch: int = 8
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    length: int = 128,
+    tokens: int | None = None,
+    batch: int = 8,
+    progress: Callable[[str], None] | None = None,
 ) -> float:
     """exp of the mean next-token loss of ``model`` on ``text``; infinity when that loss is not a number or overflows.
 
@@ -25,6 +33,7 @@ def perplexity(
         length: tokens per window; windows do not overlap and do not see each other. What is left over is not scored.
         tokens: use only the first so many tokens of the text.
         batch: windows per forward at most; fewer when they are long, so that memory stays bounded.
+        progress: called with how many windows are done.
 
     Raises:
         GraphPruneError: when the text is shorter than one window, the tokenizer is not this model's, or the model is
@@ -33,10 +42,13 @@ def perplexity(
     check_language_model(model, length)
     windows = _windows(model, tokenizer, text, length, tokens)
     device = next(model.parameters()).device
-    total = 0.0
+    total, done = 0.0, 0
     with eval_mode(model):
         for rows in windows.split(max(1, min(batch, TOKENS_PER_FORWARD // length))):
             total += _loss(model, rows.to(device))
+            done += len(rows)
+            if progress is not None:
+                progress(f"{done} of {len(windows)} windows")
     mean = total / (len(windows) * (length - 1))
     return math.exp(mean) if mean < 700 else math.inf  # not a number compares false
 

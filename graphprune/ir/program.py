@@ -184,6 +184,11 @@ class Program:
     spill: Callable[[str, torch.Tensor], torch.Tensor] | None = None
     _selection: tuple[Plan, Selection] | None = None
 
+    def say(self, text: str) -> None:
+        """Tell ``progress``, if there is one."""
+        if self.progress is not None:
+            self.progress(text)
+
     @property
     def device(self) -> torch.device:
         """Where calibration data runs; weights that are elsewhere come there as they are needed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,48 @@ from graphprune.trace.skeleton import copy_structure
 _BACKWARD = 3.0  # forward and backward, in forwards
 
 
-def describe(model: nn.Module, folder: Path, what: Shear, data: Any, instruct: Any, measures: Measures) -> str:
+@dataclass(frozen=True)
+class Work:
+    """One stage of a run: where its result is or will be, whether it is there, and the seconds that it takes."""
+
+    name: str
+    place: str
+    done: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do.
+
+    Attributes:
+        parameters: before and after.
+        widths: before, after, and how many groups have both.
+        work: the stages.
+        seconds: of what is left to do, at most, on this machine and in one process.
+    """
+
+    parameters: tuple[int, int]
+    widths: list[tuple[int, int, int]]
+    work: list[Work]
+    seconds: float
+
+    def __str__(self) -> str:
+        before, after = self.parameters
+        lines = [
+            f"parameters      {before:,} → {after:,} ({1 - after / before:.2%} removed)",
+            "widths          " + ", ".join(f"{a} → {b} ×{n}" for a, b, n in self.widths),
+            "",
+        ]
+        for one in self.work:
+            takes = "done" if one.done else f"about {_spoken(one.seconds)}"
+            lines.append(f"{one.name:<34} {takes:>16}   {one.place}")
+        return "\n".join(
+            [*lines, "", f"left to do: at most about {_spoken(self.seconds)} on this machine, in one process"]
+        )
+
+
+def forecast(model: nn.Module, folder: Path, what: Shear, data: Any, instruct: Any, measures: Measures) -> Forecast:
     """The stages with what is there of them already, the sizes before and after, and a time from one timed forward.
 
     Sizes are those of an allocation without data; a method that measures may spread them otherwise. Nothing is written.
@@ -31,17 +73,14 @@ def describe(model: nn.Module, folder: Path, what: Shear, data: Any, instruct: A
     chosen = {"allocation": "sparing", **what.compile}
     small = report(compile(_without_weights(model), what.ratio, method="random", **chosen))
     second = _seconds_per_token(model, what)
-    lines = [
-        f"parameters      {small.parameters_before:,} → {small.parameters_after:,} ({small.ratio:.2%} removed)",
-        "widths          " + ", ".join(f"{a} → {b} ×{n}" for (a, b), n in _widths(small.widths).items()),
-        "",
-    ]
-    total = 0.0
-    for name, place, seconds in _stages(folder, what, len(texts), len(instructions), second, measures, small.ratio):
-        done = place.exists()
-        total += 0.0 if done else seconds
-        lines.append(f"{name:<34} {'done' if done else f'about {_spoken(seconds)}':>16}   {place}")
-    return "\n".join([*lines, "", f"left to do: at most about {_spoken(total)} on this machine, in one process"])
+    stages = _stages(folder, what, len(texts), len(instructions), second, measures, small.ratio)
+    work = [Work(name, str(place), place.exists(), seconds) for name, place, seconds in stages]
+    return Forecast(
+        parameters=(small.parameters_before, small.parameters_after),
+        widths=[(before, after, count) for (before, after), count in _widths(small.widths).items()],
+        work=work,
+        seconds=sum(one.seconds for one in work if not one.done),
+    )
 
 
 def _without_weights(model: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from graphprune.data.texts import Say, silent
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import find, leaves
 from graphprune.ir.program import Program
@@ -74,16 +75,18 @@ def run_calibration(
     mode: TorchFunctionMode,
     written: Iterable[str],
     device: torch.device,
+    say: Say = silent,
 ) -> None:
     """Run batches under ``mode`` through a copy of the model that shares its weights; the model stays as it is.
 
-    ``written`` names the tensors that forward writes to; operators run on ``device``.
+    ``written`` names the tensors that forward writes to; operators run on ``device``; ``say`` is told how far it is.
     """
     scratch = scratch_copy(model, written)
     try:
         with torch.no_grad(), without_hooks(scratch), placed(scratch, device), mode:
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
                 scratch(**batch)
+                say(f"calibration: {number} of {len(batches)} batches")
     except REFUSALS as error:
         raise GraphPruneError(f"Calibration failed while data ran through the model: {error}") from error
 
@@ -102,7 +105,7 @@ def input_moments(program: Program, batches: list[dict[str, Any]]) -> dict[str, 
     tensors = names(program.model)
     consumers = {name for name, _ in consumers_of(program)}
     mode = InputMoments(tensors[name] for name in consumers)
-    run_calibration(program.model, batches, mode, program.need("trace").written, program.device)
+    run_calibration(program.model, batches, mode, program.need("trace").written, program.device, program.say)
     return {name: mode.found[id(tensors[name])] for name in sorted(consumers) if id(tensors[name]) in mode.found}
 
 

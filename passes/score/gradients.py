@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graphprune.data.calibration import calibration_batches
+from graphprune.data.texts import Say
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.passes.score.loss import calibration_loss, count_samples, single_samples
@@ -79,7 +80,7 @@ def each_gradient(program: Program, wanted: Iterable[str], use: Use, squares: bo
                 sums.at_once = True
                 _backward(run(batches[0]))
             else:
-                _block_by_block(model, batches, run, sums)
+                _block_by_block(model, batches, run, sums, program.say)
     except REFUSALS as error:
         raise GraphPruneError(f"The gradients of the calibration loss could not be computed: {error}") from error
 
@@ -261,7 +262,11 @@ def _run_repeatably(block: nn.Module, plain: Callable[..., Any], args: tuple, kw
 
 
 def _block_by_block(
-    model: nn.Module, batches: list[dict[str, Any]], run: Callable[[dict[str, Any]], torch.Tensor], sums: _Sums
+    model: nn.Module,
+    batches: list[dict[str, Any]],
+    run: Callable[[dict[str, Any]], torch.Tensor],
+    sums: _Sums,
+    say: Say,
 ) -> None:
     """Backward for all batches, all of one call of a block before any of the call before it.
 
@@ -275,18 +280,21 @@ def _block_by_block(
             _backward(run(batch), retain_graph=True)
             calls.append(of_batch.copy())
             of_batch.clear()
+            say(f"gradients: {sums.batch + 1} of {len(batches)} batches")
     first_call: dict[nn.Module, int] = {}
     for of_batch in calls:
         for place, (block, _) in enumerate(of_batch):
             first_call[block] = min(place, first_call.get(block, place))
     complete_after = _complete_after(model, first_call)
-    for place in reversed(range(max(map(len, calls)))):
+    deepest = max(map(len, calls))
+    for place in reversed(range(deepest)):
         for sums.batch, of_batch in enumerate(calls):
             if len(of_batch) > place:
                 outputs = [output for output in of_batch.pop()[1] if output.gradient is not None]
                 edges, gradients = [o.made_by for o in outputs], [o.gradient for o in outputs]
                 torch.autograd.backward(edges, gradients, retain_graph=True)  # type: ignore[arg-type]
         sums.finish(complete_after.get(place, ()))
+        say(f"gradients of blocks: {deepest - place} of {deepest}")
     sums.finish_all()
     if sums.in_parts:
         sums.only_in_parts()

@@ -19,7 +19,7 @@ from graphprune.data.corpus import prepare
 from graphprune.data.sources import sources_of
 from graphprune.passes.add_adapters import Adapters
 from graphprune.passes.train_lhspg import Lhspg
-from graphprune.recovery.dry_run import describe
+from graphprune.recovery.dry_run import forecast
 from graphprune.recovery.shear import Measures, Shorn, even_rows
 
 WHAT = Shear(
@@ -171,13 +171,13 @@ def test_rows_come_evenly_from_the_sources(model: Path, data: Path, tmp_path: Pa
 def test_a_dry_run_writes_nothing(model: Path, data: Path, tmp_path: Path) -> None:
     dense = load(model)
     what = replace(WHAT, method="wanda-sp")
-    said = describe(dense, tmp_path / "run", what, data / "texts", data / "asked.jsonl", Measures())
+    said = str(forecast(dense, tmp_path / "run", what, data / "texts", data / "asked.jsonl", Measures()))
     assert not (tmp_path / "run").exists()
     total = sum(p.numel() for p in dense.parameters())
     for word in (f"{total:,}", "prune (wanda-sp)", "pretraining (2 sources)", "instruct (1 sources)", "left to do"):
         assert word in said
     shear(dense, tmp_path / "run", what, **given(model, data))
-    again = describe(dense, tmp_path / "run", what, data / "texts", None, Measures())
+    again = str(forecast(dense, tmp_path / "run", what, data / "texts", None, Measures()))
     assert again.count(" done ") == 5
 
 
@@ -198,13 +198,28 @@ def test_the_commands(model: Path, data: Path, tmp_path: Path, capsys: pytest.Ca
     ]
     assert main(["shear", *asked, "--dry-run"]) == 0
     assert "left to do" in capsys.readouterr().out
+    assert main(["shear", *asked, "--dry-run", "--json"]) == 0
+    foreseen = json.loads(capsys.readouterr().out)
+    assert [one["done"] for one in foreseen["work"]] == [False] * 5
+    assert not (tmp_path / "run").exists()
     assert main(["shear", *asked]) == 0
     assert "Recovery: pretraining" in capsys.readouterr().out
+    assert main(["shear", "--config", str(tmp_path / "run" / "run.yaml"), "--json"]) == 0  # which is done already
+    done = json.loads(capsys.readouterr().out)
+    assert list(done["evaluations"]) == ["dense", "pruned", "recovered"]
+    assert [(one["name"], len(one["rounds"]), one["steps"]) for one in done["stages"]] == [("pretraining", 1, 2)]
+    assert done["evaluations"]["pruned"]["parameters"] == foreseen["parameters"][1]
     out = tmp_path / "recovered"
     pruned = str(tmp_path / "run" / "pruned")
     assert main(["recover", pruned, "--dense", str(model), "-o", str(out), *common]) == 0
     assert "mean validation loss" in capsys.readouterr().out
     assert graphprune.report(graphprune.load(out)).plan.method == "wanda-sp"
+    again = tmp_path / "again"
+    assert main(["recover", "--config", str(out / "run.yaml"), "-o", str(again), "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [len(one["means"]) for one in stages] == [2]
+    weights = [graphprune.load(folder).state_dict() for folder in (out, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert main(["recover", pruned, "--dense", str(model), "-o", str(out), *common]) == 1
     assert "exists already" in capsys.readouterr().err
     assert main(["recover", pruned, "-o", str(tmp_path / "other"), *common]) == 1

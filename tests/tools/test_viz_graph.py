@@ -250,5 +250,5 @@ def test_the_tool_says_what_is_wrong(
 ) -> None:
     (tmp_path / "empty").mkdir()
     assert load_tool("viz_graph").main([str(tmp_path / "empty"), "-o", str(tmp_path / "graph.dot"), *options]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert "\ngraphprune: " in capsys.readouterr().err
     assert not (tmp_path / "graph.dot").exists()
