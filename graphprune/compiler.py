@@ -172,7 +172,7 @@ def compile(
     """
     start = time.perf_counter()
     if method is None:
-        method = DEFAULT_METHOD if passes is None else ", ".join(step.name for step in passes)
+        method = _method_of(passes)
     _check_arguments(model, ratio, plan, round_to, skip_first, skip_last, aggregation, emit, inplace)
     _check_deploy(deploy, emit)
     options = Options(
@@ -246,6 +246,11 @@ def compile(
     return _recovered(pruned, model, options, instruct, recovery) if recovers else pruned
 
 
+def _method_of(passes: Sequence[Pass] | None) -> str:
+    """What the method is called when nobody says so."""
+    return DEFAULT_METHOD if passes is None else ", ".join(step.name for step in passes)
+
+
 def _settings(
     options: Options, unprunable_ratio: float, plan: Plan | None, passes: Any, how: tuple[Pass, ...]
 ) -> dict[str, Any]:
@@ -253,6 +258,8 @@ def _settings(
     if plan is not None:
         return {"plan": "given", **({"deploy": options.deploy} if options.deploy else {})}
     given = {**vars(options), "unprunable_ratio": unprunable_ratio}
+    if options.method == _method_of(passes):
+        given["method"] = None
     if passes is not None:
         given["passes"] = [step.name for step in how]
     if options.data is not None and not (isinstance(options.data, str) and options.data in MADE):

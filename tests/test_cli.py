@@ -176,10 +176,10 @@ def test_missing_models(tmp_path, capsys):
 
 
 def test_the_help_tells_the_default_method(capsys):
-    assert _parser().parse_args(["prune", "x", "-o", "y"]).method is None  # what it is depends on --stream
+    assert _parser().parse_args(["prune", "x", "-o", "y"]).method == DEFAULT_METHOD
     with pytest.raises(SystemExit):
         main(["prune", "--help"])
-    assert f"{DEFAULT_METHOD} (default; magnitude with --stream)" in " ".join(capsys.readouterr().out.split())
+    assert f"{DEFAULT_METHOD} (default)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_wrong_usage_exits_with_2():

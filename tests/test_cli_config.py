@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import graphprune
 from graphprune.cli import _parsers, main
 from graphprune.cli_config import RUN, parse, settable, write_run
+from graphprune.passes.methods import DEFAULT_METHOD
 
 
 def parsed(*argv: str) -> argparse.Namespace:
@@ -53,7 +54,12 @@ aggregation: max
         2,
     )
     assert (found.include, found.exclude, found.width, found.portable) == (["*.mlp"], ["a", "b"], True, False)
-    assert (found.method, found.max_shard_size, found.aggregation, found.length) == (None, "20000", "max", 128)
+    assert (found.method, found.max_shard_size, found.aggregation, found.length) == (
+        DEFAULT_METHOD,
+        "20000",
+        "max",
+        128,
+    )
 
 
 def test_the_command_line_wins(config: Any) -> None:

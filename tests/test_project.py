@@ -74,9 +74,8 @@ def test_the_pattern_finds_names() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_architecture_is_named(path: Path) -> None:
     """Whatever is known about a model is found in its graph, for every model alike."""
-    assert [
-        f"{n}: {line.strip()}" for n, line in enumerate(path.read_text().splitlines(), 1) if NAMES.search(line)
-    ] == []
+    text = path.read_text().replace("opt_einsum", "")  # a package that torch uses
+    assert [f"{n}: {line.strip()}" for n, line in enumerate(text.splitlines(), 1) if NAMES.search(line)] == []
 
 
 def imports(path: Path) -> set[str]:
