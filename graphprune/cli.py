@@ -22,7 +22,7 @@ from graphprune import (
     cli_stream,
     cli_viz,
 )
-from graphprune.cli_common import add_common, libraries_at, print_json
+from graphprune.cli_common import add_common, libraries_at, new_command, print_json
 from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError, first_line
 
@@ -96,13 +96,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     parser.add_argument("--version", action="version", version=f"graphprune {graphprune.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    prune = commands.add_parser(
-        "prune",
-        help="remove a share of the parameters and save the result",
-        epilog=_PRUNE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    prune.set_defaults(run=_prune)
+    prune = new_command(commands, "prune", _prune, "remove a share of the parameters and save the result", _PRUNE)
     prune.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     prune.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     prune.add_argument("--ratio", type=float, help="parameters to remove / all parameters, between 0 and 1")
@@ -151,13 +145,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     prune.add_argument("--no-verify", action="store_true", help="skip the proof against the masked original")
     cli_stream.add_options(prune)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="show what hangs together, what is pinned and why",
-        epilog=_INSPECT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    inspect.set_defaults(run=_inspect)
+    inspect = new_command(commands, "inspect", _inspect, "show what hangs together, what is pinned and why", _INSPECT)
     inspect.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     inspect.add_argument("--inner-axes", action="store_true", help="count inner factors as prunable")
     inspect.add_argument("--width", action="store_true", help="count what is normalised as prunable")

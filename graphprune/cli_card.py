@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from graphprune.cli_common import print_json
+from graphprune.cli_common import new_command, print_json
 
 _EXAMPLES = """examples:
   graphprune card smaller --evaluation measured.json --license apache-2.0
@@ -16,13 +16,9 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser(
-        "card",
-        help="put measurements, a license, … into the README.md of a saved model",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "card", _card, "put measurements, a license, … into the README.md of a saved model", _EXAMPLES
     )
-    parser.set_defaults(run=_card)
     parser.add_argument("folder", metavar="DIR", help="a folder that graphprune wrote")
     parser.add_argument("--evaluation", metavar="FILE", help="what graphprune eval -o wrote")
     parser.add_argument("--license", metavar="NAME", help="as the hub names it, such as apache-2.0")

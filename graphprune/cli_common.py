@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,16 @@ from graphprune.errors import GraphPruneError
 LEVELS = ("error", "warning", "info", "debug")
 # Of how a command is run, not of what it does: run.yaml leaves them out.
 NAMES = ("config", "json", "log_level", "debug")
+
+
+def new_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add a command to the subparsers ``commands``: ``run`` does it, the help says ``what``, with ``examples``."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=what, epilog=examples, formatter_class=raw)
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from graphprune.cli_common import new_command
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -20,13 +21,13 @@ _FOLDERS = ("DIR", "RUN")
 
 def add_command(commands: Any, whole: argparse.ArgumentParser) -> None:
     """Add it to the subparsers ``commands`` of the parser ``whole``."""
-    parser = commands.add_parser(
+    parser = new_command(
+        commands,
         "completion",
-        help="print a script that completes commands, options and files in a shell",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        lambda options: print(_script(whole, options.shell)),
+        "print a script that completes commands, options and files in a shell",
+        _EXAMPLES,
     )
-    parser.set_defaults(run=lambda options: print(_script(whole, options.shell)))
     parser.add_argument("shell", choices=_SHELLS, help="what the script is for")
 
 

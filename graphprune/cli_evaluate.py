@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphprune.cli_common import write_text
+from graphprune.cli_common import new_command, write_text
 from graphprune.cli_device import device_of
 from graphprune.cli_progress import Say, progress
 from graphprune.errors import GraphPruneError
@@ -29,13 +29,9 @@ _BATCH_SIZES = (1, 8)
 
 def add_commands(commands: Any) -> None:
     """Add both to the subparsers ``commands``."""
-    parser = commands.add_parser(
-        "eval",
-        help="measure models side by side: size, perplexity, tasks, latency, memory",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "eval", _eval, "measure models side by side: size, perplexity, tasks, latency, memory", _EXAMPLES
     )
-    parser.set_defaults(run=_eval)
     parser.add_argument(
         "models",
         nargs="+",

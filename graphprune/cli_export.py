@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune import cli_config
-from graphprune.cli_common import print_json
+from graphprune.cli_common import new_command, print_json
 from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
@@ -24,13 +24,13 @@ _FORMATS = ("onnx", "pt2", "safetensors")
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser(
+    parser = new_command(
+        commands,
         "export",
-        help="write a model for other runtimes: ONNX, torch.export, or safetensors in another dtype",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _export,
+        "write a model for other runtimes: ONNX, torch.export, or safetensors in another dtype",
+        _EXAMPLES,
     )
-    parser.set_defaults(run=_export)
     parser.add_argument("model", metavar="MODEL", help="a folder that graphprune wrote, or any other model")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")
     parser.add_argument("--format", required=True, choices=_FORMATS, help="what to write")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from graphprune.cli_common import write_text
+from graphprune.cli_common import new_command, write_text
 from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
@@ -18,13 +18,13 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser(
+    parser = new_command(
+        commands,
         "knowledge",
-        help="mask every node group alone and show what the model loses with it",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _knowledge,
+        "mask every node group alone and show what the model loses with it",
+        _EXAMPLES,
     )
-    parser.set_defaults(run=_knowledge)
     parser.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="evaluation texts, as those of graphprune prune")
     parser.add_argument(

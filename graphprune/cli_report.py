@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from graphprune.cli_common import print_json, write_text
+from graphprune.cli_common import new_command, print_json, write_text
 from graphprune.errors import GraphPruneError
 
 _EXAMPLES = """examples:
@@ -18,13 +18,9 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser(
-        "report",
-        help="show what was done to a pruned model and what came of it",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "report", _report, "show what was done to a pruned model and what came of it", _EXAMPLES
     )
-    parser.set_defaults(run=_report)
     parser.add_argument("folder", metavar="DIR", help="what prune, shear or recover wrote")
     parser.add_argument("-o", "--output", metavar="FILE", help="a page, .html; written anew")
     parser.add_argument("--evaluation", nargs="+", default=[], metavar="FILE", help="what graphprune eval -o wrote")

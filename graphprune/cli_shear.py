@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune import cli_config
-from graphprune.cli_common import print_json
+from graphprune.cli_common import new_command, print_json
 from graphprune.cli_device import device_of
 from graphprune.cli_progress import Say, progress
 from graphprune.errors import GraphPruneError
@@ -34,13 +34,10 @@ _GOES_ON = "the same command goes on from here"
 
 def add_commands(commands: Any) -> None:
     """Add both to the subparsers ``commands``."""
-    shear = commands.add_parser(
-        "shear",
-        help="prune, train back and measure, in one resumable run (LoRAShear)",
-        epilog=_SHEAR,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    shear = new_command(
+        commands, "shear", _shear, "prune, train back and measure, in one resumable run (LoRAShear)", _SHEAR
     )
-    shear.set_defaults(run=_shear, interrupted=_GOES_ON)
+    shear.set_defaults(interrupted=_GOES_ON)
     shear.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     shear.add_argument("-o", "--output", required=True, metavar="RUN", help="folder of the run; goes on if it exists")
     shear.add_argument("--ratio", type=float, required=True, help="parameters to remove / all parameters")
@@ -59,13 +56,8 @@ def add_commands(commands: Any) -> None:
     shear.add_argument("--dry-run", action="store_true", help="print the stages, the sizes and a time, and do nothing")
     _add_recovery(shear)
 
-    recover = commands.add_parser(
-        "recover",
-        help="train a pruned model back to what it knew",
-        epilog=_RECOVER,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    recover.set_defaults(run=_recover, interrupted=_GOES_ON)
+    recover = new_command(commands, "recover", _recover, "train a pruned model back to what it knew", _RECOVER)
+    recover.set_defaults(interrupted=_GOES_ON)
     recover.add_argument("model", metavar="PRUNED", help="a folder that graphprune wrote")
     recover.add_argument("--dense", metavar="MODEL", help="the model before it was pruned: what was lost")
     recover.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write; must not exist")

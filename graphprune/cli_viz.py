@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graphprune.cli_common import print_json
+from graphprune.cli_common import new_command, print_json
 from graphprune.cli_progress import progress
 from graphprune.errors import GraphPruneError
 
@@ -23,13 +23,9 @@ _EXAMPLES = """examples:
 
 def add_command(commands: Any) -> None:
     """Add it to the subparsers ``commands``."""
-    parser = commands.add_parser(
-        "viz",
-        help="draw what hangs together: .html to look around in, or .svg, .png, .dot",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = new_command(
+        commands, "viz", _viz, "draw what hangs together: .html to look around in, or .svg, .png, .dot", _EXAMPLES
     )
-    parser.set_defaults(run=_viz)
     parser.add_argument("model", metavar="MODEL", help="a folder, a name on the hub, or a .gguf file")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help="graph.html, .dot, .svg or .png; written anew"

@@ -258,7 +258,7 @@ def _settings(
     if plan is not None:
         return {"plan": "given", **({"deploy": options.deploy} if options.deploy else {})}
     given = {**vars(options), "unprunable_ratio": unprunable_ratio}
-    if options.method == _method_of(passes):
+    if options.method in (DEFAULT_METHOD, _method_of(passes)):
         given["method"] = None
     if passes is not None:
         given["passes"] = [step.name for step in how]

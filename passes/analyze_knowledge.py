@@ -208,7 +208,7 @@ def _measure_jobs(
     known: LossCache,
 ) -> None:
     """Measure and put into ``known``, group by group."""
-    say = program.progress or (lambda _: None)
+    say = program.say
     weights = {name for job in jobs for name in job.weights}
     try:
         with seeded(program.options.seed):  # the generators of the user stay, whatever runs beside

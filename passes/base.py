@@ -61,8 +61,7 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> dict[str, float]:
         for name in step.requires:
             if getattr(program, name) is None:
                 raise GraphPruneError(f"Pass {step.name} requires {name}, which no pass before it made ({done}).")
-        if program.progress is not None:
-            program.progress(step.name)
+        program.say(step.name)
         start = time.perf_counter()
         try:
             with collected_later() if step.analysis else nullcontext():

@@ -145,8 +145,7 @@ def train(program: Program, adapted: Adapted, settings: Training, steps: int, wa
                 optimizer.step()
                 optimizer.zero_grad()
                 done.losses.append(loss.item())
-            if program.progress is not None:
-                program.progress(f"training: step {step + 1} of {steps}, loss {loss.item():.3f}")
+            program.say(f"training: step {step + 1} of {steps}, loss {loss.item():.3f}")
             if checkpoint is not None and (step + 1) % settings.checkpoint_steps == 0:
                 checkpoint.save(step + 1, adapted, optimizer, watcher, done)
     except REFUSALS as error:

@@ -25,7 +25,7 @@ from graphprune.data.made_inputs import (
     sampled_batches,
     snippet_batches,
 )
-from graphprune.data.texts import MANY, Say, is_path, read_texts, silent, text_of, token_rows, windows
+from graphprune.data.texts import MANY, is_path, read_texts, text_of, token_rows, windows
 from graphprune.errors import GraphPruneError
 from graphprune.ir.program import Program
 from graphprune.trace.inputs import special_tokens
@@ -136,7 +136,7 @@ def _of_texts(program: Program, texts: Sequence[str]) -> Iterable[Batch]:
     options = program.options
     if options.tokenizer is None:
         raise GraphPruneError("data= holds texts: pass tokenizer= too.")
-    rows = token_rows(texts, options.tokenizer, *_shape(program), _say(program))
+    rows = token_rows(texts, options.tokenizer, *_shape(program), program.say)
     return _of_rows(program, rows)
 
 
@@ -195,10 +195,6 @@ class _Texts(Sequence[str]):
 
 def _example(program: Program) -> Batch:
     return by_name(program.model, program.inputs)
-
-
-def _say(program: Program) -> Say:
-    return program.progress or silent
 
 
 # ------------------------------------------------------------------------------------------------------------ checks

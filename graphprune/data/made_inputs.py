@@ -257,8 +257,7 @@ def _continued(program: Program, model: Any, starts: torch.Tensor, length: int, 
 
     class Progress(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            if program.progress is not None:
-                program.progress(f"{where}: {input_ids.shape[1]} of {length} tokens")
+            program.say(f"{where}: {input_ids.shape[1]} of {length} tokens")
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     # In place of the model's own, which would end rows at the end of a text, cut off what is rare, and so on.

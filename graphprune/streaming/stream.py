@@ -130,10 +130,7 @@ def stream(
             given: dict[str, Any] = {**choices, "data": data, "tokenizer": tokenizer} if runs else choices
             with nullcontext() if runs else _one_thread():
                 pruned = compile(model, ratio, plan=plan, passes=how, verify=False, progress=progress, **given)
-            settings = report(pruned).settings
-            settings.pop("passes", None)  # those of the method, which is told unless it is the default
-            if method == DEFAULT_METHOD:
-                settings.pop("method", None)
+            report(pruned).settings.pop("passes", None)  # those of the method, which is told
             with _one_thread():
                 _write(pruned, tokenizer, partial, max_shard_size, say)
             stack.close()

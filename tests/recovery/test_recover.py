@@ -155,9 +155,11 @@ def test_rounds_follow_the_losses(tmp_path: Path) -> None:
 
 
 def test_it_ends_when_nothing_is_gained(tmp_path: Path) -> None:
-    settings = Recovery(**{**QUICK, "rounds": 9, "patience": 2, "lr": 0.0, "mixing": "uniform"})
+    worse = {"lr": 30.0, "warmup_steps": 0, "max_norm": 1e9}  # from the first step on
+    settings = Recovery(**{**QUICK, **worse, "rounds": 9, "patience": 2, "mixing": "uniform"})
     model = llama()
     found = recover_on(model, corpora(), tmp_path, settings=settings)
+    assert not found.stages[0].means[1] < found.stages[0].means[0] + 1
     assert found.stages[0].best == 0
     assert len(found.stages[0].rounds) < 9
     for one, other in zip(found.model.parameters(), model.parameters(), strict=True):
