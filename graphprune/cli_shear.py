@@ -80,6 +80,7 @@ def _add_recovery(parser: argparse.ArgumentParser) -> None:
     add("--patience", type=int, default=2, metavar="N", help="rounds without gain that end a stage (default 2)")
     add("--mixing", choices=("dynamic", "uniform"), default="dynamic", help="how sources share a round")
     add("--floor", type=float, default=0.5, help="share of a round that all sources have alike (default 0.5)")
+    add("--repeats", type=float, default=4.0, metavar="N", help="most times through a source's rows (default 4)")
     add("--distill", type=float, default=0.0, metavar="W", help="weight of the full model's predictions (default 0)")
     add("--checkpoint-steps", type=int, default=0, metavar="N", help="also keep the state every N steps of a round")
     add("--bf16", action="store_true", help="train in bfloat16 by autocast")
@@ -103,6 +104,7 @@ def _settings(options: argparse.Namespace) -> Any:
         patience=options.patience,
         mixing=options.mixing,
         floor=options.floor,
+        repeats=options.repeats,
         distill=options.distill,
         bf16=options.bf16,
         gradient_checkpointing=options.gradient_checkpointing,

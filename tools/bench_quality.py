@@ -65,7 +65,7 @@ CALIBRATION = "calib/c4.jsonl"
 TEXT = "wikitext2/wikitext2_raw_test_rows.jsonl"
 TASKS = "lm_eval_tasks"
 ALL_TASKS = ["local_commonsense"]
-TRAINING = ("batch", "rank", "lr", "distill", "bf16")  # options of --recover, as given
+TRAINING = ("batch", "rank", "lr", "distill", "bf16", "texts")  # options of --recover, as given
 
 Setting = dict[str, Any]
 Result = dict[str, Any]
@@ -247,7 +247,7 @@ class Scoreboard:
     def settings(self, method: str) -> tuple[Setting, ...]:
         a = self.arguments
         if a.recover and method != DENSE:
-            given = {name: getattr(a, name) for name in TRAINING if getattr(a, name)}
+            given = {name: getattr(a, name) for name in TRAINING if getattr(a, name) not in (None, False)}
             return tuple({"recover": a.recover, "seed": seed, **given} for seed in a.seeds)
         return SETTINGS.get(method, OURS)
 
@@ -377,6 +377,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--lr", type=float, help="of recovery, the learning rate")
     add("--distill", type=float, metavar="W", help="of recovery, weight of the dense model's predictions in the loss")
     add("--bf16", action="store_true", help="of recovery, train in bfloat16 by autocast")
+    add("--texts", type=float, metavar="SHARE", help="of recovery, tokens of text rather than of instructions")
     add("--tokens", type=int, default=20_000, help="of the text; 0 for all of it (default %(default)s)")
     add("--lengths", type=int, nargs="+", default=[128, 2048], help="tokens per window; the first decides what is best")
     add("--tasks", nargs="*", metavar="TASK", help=f"also run these, by default {', '.join(ALL_TASKS)}")

@@ -34,14 +34,17 @@ from graphprune.recovery.settings import Recovery
 
 TEXTS, INSTRUCTIONS = "calib", "instruct/alpaca_cleaned_first5000.jsonl"
 RECOVERED = ("lorashear", "llm-pruner", "loraprune", "slimgpt", "flap")
-ROUNDS, VALIDATION = 6, 8
+ROUNDS, VALIDATION = 6, 16
 _FADING = Lhspg(warmup_steps=5, periods=4, period_steps=5, final_steps=0)
 _TEXT_SHARE = {"lorashear": 0.8, "loraprune": 0.0, "llm-pruner": 0.0, "slimgpt": 0.0, "flap": 0.0}
 
 
 @dataclass(frozen=True)
 class TrainBack:
-    """How every method is trained back: on ``recover`` tokens; the others as in :class:`Recovery`."""
+    """How every method is trained back: on ``recover`` tokens, of which ``texts`` are text rather than instructions.
+
+    The others are as in :class:`Recovery`; without ``texts`` it is as said above.
+    """
 
     recover: int
     seed: int = 0
@@ -50,6 +53,7 @@ class TrainBack:
     lr: float = 1e-3
     distill: float = 0.0
     bf16: bool = False
+    texts: float | None = None
 
     def settings(self, steps: int) -> Recovery:
         """Of a stage of so many steps a round."""
@@ -85,7 +89,7 @@ def recovered(
     passes, used = _passes(method, how, rows[:4].numel())
     pruned = graphprune.compile(model, ratio, method=method, passes=passes, data=batches, seed=how.seed)
     left = max(0, how.recover - used)
-    texts = left * _TEXT_SHARE.get(method, 1.0)
+    texts = left * (_TEXT_SHARE.get(method, 1.0) if how.texts is None else how.texts)
     with TemporaryDirectory(prefix="recovery-") as folder:
         for given, instruct, share in ((TEXTS, False, texts), (INSTRUCTIONS, True, left - texts)):
             steps = round(share / (how.batch * length) / ROUNDS)

@@ -25,6 +25,26 @@ def by_degradation(losses: Losses, dense: Losses, floor: float) -> Weights:
     return {name: floor / len(worse) + (1 - floor) * lost / total for name, lost in worse.items()}
 
 
+def within(weights: Weights, most: Mapping[str, float]) -> Weights:
+    """No source with more than its ``most``: what it has too much the others share, each in proportion to its weight.
+
+    Where all may have less than everything together, they get more than their ``most``, in proportion to it.
+    """
+    if sum(most.values()) <= 1:
+        return {name: most[name] / sum(most.values()) for name in weights}
+    full: Weights = {}
+    while True:
+        free = {name: weight for name, weight in weights.items() if name not in full}
+        if not any(free.values()):
+            free = uniform(list(free))
+        scale = (1 - sum(full.values())) / sum(free.values())
+        found = full | {name: weight * scale for name, weight in free.items()}
+        over = [name for name in free if found[name] > most[name]]
+        if not over:
+            return {name: found[name] for name in weights}
+        full |= {name: most[name] for name in over}
+
+
 def rows_of(weights: Weights, rows: int) -> dict[str, int]:
     """Whole rows of every source that sum to ``rows``, each less than one off its share (largest remainders)."""
     counts = {name: int(weight * rows) for name, weight in weights.items()}

@@ -26,6 +26,9 @@ class Recovery:
         threshold: what counts as better, in nats.
         mixing: ``"dynamic"``: sources by how much worse than the full model they are; ``"uniform"``: all alike.
         floor: share of every round that is spread evenly, whatever the losses, so that no source starves.
+        repeats: a source takes no larger share than goes so many times through its rows in all ``rounds``, while others
+            have rows left: few rows seen many times teach little (arXiv 2305.16264), yet their loss, which no longer
+            falls, would draw ever more of every round.
         distill: weight of the divergence from the dense model's predictions; the loss of the text has the rest.
         temperature: of both predictions in that divergence.
         max_norm: gradients are scaled down to this norm.
@@ -48,6 +51,7 @@ class Recovery:
     threshold: float = 0.0
     mixing: str = "dynamic"
     floor: float = 0.5
+    repeats: float = 4.0
     distill: float = 0.0
     temperature: float = 1.0
     max_norm: float = 1.0
@@ -64,9 +68,16 @@ class Recovery:
         for name in ("floor", "distill"):
             if not 0 <= getattr(self, name) <= 1:
                 raise GraphPruneError(f"{name} is between 0 and 1, not {getattr(self, name)}.")
+        if not self.repeats > 0:
+            raise GraphPruneError(f"repeats is more than 0, not {self.repeats}.")
         for name in ("batch", "rows_at_once", "round_steps", "rounds", "patience"):
             if getattr(self, name) < 1:
                 raise GraphPruneError(f"{name} is at least 1, not {getattr(self, name)}.")
+
+    @property
+    def round_rows(self) -> int:
+        """Rows of a round."""
+        return self.batch * self.round_steps
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what comes out, rather than how it is run: a run goes on when these are the same."""

@@ -22,7 +22,7 @@ from transformers import (
 
 from graphprune.data.corpus import Corpus
 from graphprune.recovery.checkpoints import Checkpoints
-from graphprune.recovery.mixture import Losses, MixedRows, Weights, by_degradation, uniform
+from graphprune.recovery.mixture import Losses, MixedRows, Weights, by_degradation, uniform, within
 from graphprune.recovery.settings import Recovery
 
 IGNORED = -100
@@ -77,13 +77,16 @@ class RecoveryTrainer(Trainer):
         measured = [found for entry in self.state.log_history if (found := losses_in(entry)) is not None]
         rounds = [self.start or {}, *measured]
         if self.settings.mixing == "uniform" or self.dense is None:
-            return [uniform([corpus.name for corpus in self.corpora])] * len(rounds)
-        return [by_degradation(losses, self.dense, self.settings.floor) for losses in rounds]
+            wanted = [uniform([corpus.name for corpus in self.corpora])] * len(rounds)
+        else:
+            wanted = [by_degradation(losses, self.dense, self.settings.floor) for losses in rounds]
+        all_rows = self.settings.rounds * self.settings.round_rows
+        most = {corpus.name: self.settings.repeats * len(corpus.train) / all_rows for corpus in self.corpora}
+        return [within(weights, most) for weights in wanted]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MixedRows:
         sizes = {corpus.name: len(corpus.train) for corpus in self.corpora}
-        rows = self.settings.batch * self.settings.round_steps
-        return MixedRows(sizes, rows, self.settings.seed, self.mixtures)
+        return MixedRows(sizes, self.settings.round_rows, self.settings.seed, self.mixtures)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
