@@ -34,26 +34,29 @@ Count = Callable[[int], None]
 def write_shard(tensors: dict[str, torch.Tensor], path: Path, count: Count) -> StoredFile:
     """Write ``tensors``, in memory or on disk; ``count`` is told how many bytes more are on their way. Raises OSError.
 
-    One thread reads and slices while another one writes and sums up.
+    One thread reads and slices, another one writes, and a third one sums up.
     """
     names = _sorted(tensors)
     digest, size = hashlib.sha256(), 0
-    waiting: deque[Future[None]] = deque()
-    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer:
+    waiting: deque[tuple[Future[None], ...]] = deque()
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as summer:
 
         def put(data: memoryview) -> None:
             file.write(data)
-            digest.update(data)
             _start_writing(file, data.nbytes)
 
+        def finish_first() -> None:
+            for job in waiting.popleft():
+                job.result()
+
         for data in _contents(tensors, names):
-            waiting.append(writer.submit(put, data))
+            waiting.append((writer.submit(put, data), summer.submit(digest.update, data)))
             if len(waiting) > _WAITING:
-                waiting.popleft().result()
+                finish_first()
             size += data.nbytes
             count(data.nbytes)
         while waiting:
-            waiting.popleft().result()
+            finish_first()
     return StoredFile(size, digest.hexdigest())
 
 
