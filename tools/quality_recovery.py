@@ -13,9 +13,9 @@ All see the same number of tokens, those of training while pruning included, in 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from torch import nn
 import graphprune
 from graphprune.data.corpus import prepare
 from graphprune.data.sources import sources_of
+from graphprune.io.fingerprint import fingerprint, of_batches, of_model
 from graphprune.passes.add_adapters import Adapters
 from graphprune.passes.methods import METHODS, passes_of
 from graphprune.passes.train_adapters import Training
 from graphprune.passes.train_lhspg import Lhspg, train_lhspg
 from graphprune.passes.train_loraprune import LoraPrune, train_loraprune
 from graphprune.recovery.recover import recover_on
+from graphprune.recovery.run_folder import once
 from graphprune.recovery.settings import Recovery
 
 TEXTS, INSTRUCTIONS = "calib", "instruct/alpaca_cleaned_first5000.jsonl"
@@ -82,31 +84,42 @@ def recovered(
 ) -> nn.Module:
     """``model`` pruned by ``method`` and trained back.
 
-    ``rows`` are what is calibrated on, int64 of shape ``(rows, length)``; ``work`` keeps the tokens, for all cells.
+    ``rows`` are what is calibrated on, int64 of shape ``(rows, length)``. ``work`` keeps the tokens, for all cells, and
+    until it is finished what this one has done: the same call goes on from there.
     """
     length = rows.shape[1]
-    batches = [{"input_ids": batch} for batch in rows.split(4)]
-    passes, used = _passes(method, how, rows[:4].numel())
-    pruned = graphprune.compile(model, ratio, method=method, passes=passes, data=batches, seed=how.seed)
+    run = work / "runs" / fingerprint(of_model(model), of_batches([{"rows": rows}]), method, str(ratio), repr(how))
+    passes, used = _passes(method, how, rows[:4].numel(), run / "prune.safetensors")
+
+    def prune() -> None:
+        batches = [{"input_ids": batch} for batch in rows.split(4)]
+        small = graphprune.compile(model, ratio, method=method, passes=passes, data=batches, seed=how.seed)
+        graphprune.save(small, run / "pruned")
+
+    run.mkdir(parents=True, exist_ok=True)
+    once(run / "pruned", prune)
+    found = graphprune.load(run / "pruned", device=rows.device)
     left = max(0, how.recover - used)
     texts = left * (_TEXT_SHARE.get(method, 1.0) if how.texts is None else how.texts)
-    with TemporaryDirectory(prefix="recovery-") as folder:
-        for given, instruct, share in ((TEXTS, False, texts), (INSTRUCTIONS, True, left - texts)):
-            steps = round(share / (how.batch * length) / ROUNDS)
-            if steps:
-                sources = sources_of(data / given, instruct=instruct)
-                corpora = prepare(sources, tokenizer, work / "tokens", length=length, validation=VALIDATION)
-                run = Path(folder, str(instruct))
-                pruned = recover_on(pruned, corpora, run, dense=model, settings=how.settings(steps)).model
-    return pruned
+    for given, instruct, share in ((TEXTS, False, texts), (INSTRUCTIONS, True, left - texts)):
+        steps = round(share / (how.batch * length) / ROUNDS)
+        if steps:
+            sources = sources_of(data / given, instruct=instruct)
+            corpora = prepare(sources, tokenizer, work / "tokens", length=length, validation=VALIDATION)
+            stage = run / ("instruct" if instruct else "texts")
+            found = recover_on(found, corpora, stage, dense=model, settings=how.settings(steps)).model
+    shutil.rmtree(run)
+    return found
 
 
-def _passes(method: str, how: TrainBack, per_step: int) -> tuple[Any, int]:
-    """The passes that prune, and how many tokens they train on."""
+def _passes(method: str, how: TrainBack, per_step: int, state: Path) -> tuple[Any, int]:
+    """The passes that prune, and how many tokens they train on; ``state`` is for what they have done so far."""
     if method == "lorashear":
-        return (*METHODS["ppm"], train_lhspg(_FADING)), _FADING.steps * per_step
+        fading = replace(_FADING, training=replace(_FADING.training, checkpoint=state))
+        return (*METHODS["ppm"], train_lhspg(fading)), fading.steps * per_step
     if method == "loraprune":
         steps = max(1, how.recover // 2 // per_step)
-        settings = LoraPrune(steps=steps, training=Training(lr=how.lr, seed=how.seed, autocast=how.bf16))
+        training = Training(lr=how.lr, seed=how.seed, autocast=how.bf16, checkpoint=state)
+        settings = LoraPrune(steps=steps, training=training)
         return (*METHODS["loraprune"][:-1], train_loraprune(settings)), steps * per_step
     return passes_of(method), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import subprocess
 import threading
@@ -17,6 +18,9 @@ import pytest
 import torch
 from helpers import save_words
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import graphprune
+from graphprune.recovery.trainer import RecoveryTrainer
 
 WORDS = 40
 SPARED = {"skip_first": 1, "skip_last": 0}
@@ -152,10 +156,24 @@ def test_cells_run_side_by_side(bench: ModuleType, given: list[str], monkeypatch
     assert len(json.loads(out.with_suffix(".json").read_text())) == 3
 
 
+def at_call(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, but the call of that number is interrupted."""
+    calls = itertools.count(1)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    return run
+
+
 @pytest.mark.parametrize("method", ["lorashear", "loraprune", "flap", "ppm"])
-def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], tmp_path: Path, method: str) -> None:
+def test_a_recovered_cell_is_measured(
+    bench: ModuleType, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     data = Path(given[2])
-    words = [" ".join(f"w{(start + n) % WORDS}" for n in range(200)) for start in range(30)]
+    words = [" ".join(f"w{(start + n) % WORDS}" for n in range(200)) for start in range(40)]
     for name in ("c4", "books"):
         (data / "calib" / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     path = data / "instruct" / "alpaca_cleaned_first5000.jsonl"
@@ -164,9 +182,20 @@ def test_a_recovered_cell_is_measured(bench: ModuleType, given: list[str], tmp_p
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     setting = {"recover": 48_000, "seed": 1, "rank": 4, "distill": 0.5}
     calibration = {"samples": 8, "length": 96}
-    found = bench.measure(cell_of(bench, given, method, setting=setting, calibration=calibration), tmp_path)
+    cell = cell_of(bench, given, method, setting=setting, calibration=calibration)
+    found = bench.measure(cell, tmp_path)
     assert found["removed"] == pytest.approx(0.2, abs=0.01)
     assert found["perplexity"]["16"] < 100
+    assert list((tmp_path / "runs").iterdir()) == []
+    if method == "lorashear":
+        with monkeypatch.context() as patch:
+            patch.setattr(RecoveryTrainer, "training_step", at_call(40, RecoveryTrainer.training_step))
+            with pytest.raises(KeyboardInterrupt):
+                bench.measure(cell, tmp_path)
+        with monkeypatch.context() as patch:
+            patch.setattr(graphprune, "compile", None)  # it is pruned already
+            again = bench.measure(cell, tmp_path)
+        assert again["perplexity"] == found["perplexity"]
 
 
 def test_it_goes_on_where_it_was_stopped(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
