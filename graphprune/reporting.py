@@ -14,6 +14,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.folding import by_block
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
+from graphprune.ir.score_spread import ScoreSpread, score_spreads
 from graphprune.trace.provenance import Attribute
 
 REPORT_ATTRIBUTE = "_graphprune_report"
@@ -47,6 +48,8 @@ class Report:
         calibration: (rows, tokens per row or None) that ran through the model; None if none did.
         base_model: the name on the hub of the model that was pruned first, if it came from there.
         training: what was trained after pruning, a sentence for each.
+        scores: node group → how the scores of what was kept and of what was removed lie. Empty for a replayed plan,
+            and for methods that choose while they run.
     """
 
     parameters_before: int
@@ -70,6 +73,7 @@ class Report:
     calibration: tuple[int, int | None] | None = None
     base_model: str | None = None
     training: list[str] = field(default_factory=list)
+    scores: dict[str, ScoreSpread] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -124,6 +128,7 @@ def make_report(
         unsaid=len(program.unsaid) / max(1, len(program.unsaid) + len(program.need("prunable"))),
         calibration=calibration_size(program.batches),
         base_model=earlier.base_model if earlier else name_on_the_hub(base_config),
+        scores=score_spreads(program),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from graphprune.folding import by_block, by_key, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
-from graphprune.html_report.tables import changes, evaluation, fields, skipped, timings
+from graphprune.html_report.tables import SHOWN, changes, evaluation, fields, scores, shown_scores, skipped, timings
 from graphprune.ir.knowledge import MEASURES, Knowledge
 from graphprune.pages.document import document, resource
 from graphprune.recovery.recover import Stage
@@ -38,6 +38,7 @@ def to_html(findings: Findings) -> str:
 def _sections(findings: Findings) -> Iterator[tuple[str, str]]:
     yield "Size", _sizes(findings)
     yield "Widths", _widths(findings)
+    yield "Scores", _scores(findings)
     yield "Evaluation", _evaluations(findings)
     for stage in findings.stages:
         yield f"Recovery: {stage.name}", _stage(stage)
@@ -74,6 +75,33 @@ def _widths(findings: Findings) -> str:
     ]
     return _paragraph("Before → after; the darker, the more of it is kept.") + heat_map(
         "widths by block", columns, cells
+    )
+
+
+def _scores(findings: Findings) -> str:
+    """Of the last pruning: a chart for groups that differ only in their block's number, a table of all others."""
+    found = findings.reports[-1].scores if findings.reports else {}
+    parts, alone = [], []
+    for alike in by_key(found, starred):
+        if len(alike) == 1:
+            alone += alike
+            continue
+        series: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
+        for block, name in enumerate(alike):
+            for title, value in shown_scores(found[name]).items():
+                series[title].append((block, value))
+        drawn = {title: points for title, points in series.items() if points}
+        sizes = [abs(value) for points in drawn.values() for _, value in points if value]
+        chart = lines(drawn, across="block", up="score of a structure", linear_to=min(sizes, default=1.0))
+        parts += [f"<h3>{html.escape(starred(alike[0]))}</h3>", chart]
+    if alone:
+        parts.append(
+            table(*scores({name: found[name] for name in alone}), "scores of groups that are in one block only")
+        )
+    if not parts:
+        return ""
+    return _paragraph("What was removed beside what was kept. Scores of different groups need not compare.") + "".join(
+        parts
     )
 
 

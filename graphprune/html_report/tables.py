@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from graphprune.evaluate.evaluation import Evaluation
 from graphprune.evaluate.table import compared
 from graphprune.folding import starred
+from graphprune.ir.score_spread import QUANTILES, ScoreSpread
 from graphprune.reporting import Report
 
 
@@ -33,6 +34,29 @@ def skipped(reports: Sequence[Report]) -> list[list[str]]:
         (starred(name), starred(reason)) for name, reason in (reports[-1].skipped if reports else {}).items()
     )
     return [[f"{name}  ×{count}" if count > 1 else name, reason] for (name, reason), count in found.items()]
+
+
+# Title → of what was kept or removed, at which quantile.
+SHOWN = {
+    "kept, 90%": ("kept", 0.9),
+    "kept, half": ("kept", 0.5),
+    "kept, least": ("kept", 0.0),
+    "removed, most": ("removed", 1.0),
+    "removed, half": ("removed", 0.5),
+}
+
+
+def shown_scores(spread: ScoreSpread) -> dict[str, float]:
+    """Title → score, of what there is."""
+    found = {title: (getattr(spread, which), QUANTILES.index(share)) for title, (which, share) in SHOWN.items()}
+    return {title: values[place] for title, (values, place) in found.items() if values}
+
+
+def scores(spreads: Mapping[str, ScoreSpread]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the scores of every node group."""
+    shown = {name: shown_scores(spread) for name, spread in spreads.items()}
+    rows = [[name, *(f"{of[title]:.4g}" if title in of else "" for title in SHOWN)] for name, of in shown.items()]
+    return ["node group", *SHOWN], rows
 
 
 def timings(reports: Sequence[Report]) -> list[list[str]]:

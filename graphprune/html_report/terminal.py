@@ -10,7 +10,7 @@ from rich.table import Table
 
 from graphprune.folding import by_block
 from graphprune.html_report.findings import Findings
-from graphprune.html_report.tables import changes, evaluation, fields, skipped, timings
+from graphprune.html_report.tables import changes, evaluation, fields, scores, skipped, timings
 from graphprune.recovery.report import stage_table
 
 
@@ -27,6 +27,8 @@ def show(findings: Findings, console: Console | None = None) -> None:
     if findings.widths:
         columns, blocks = by_block(findings.widths)
         _print(console, "widths", ["block", *columns], [[block, *map(_width, pairs)] for block, pairs in blocks])
+    if findings.reports and findings.reports[-1].scores:
+        _print(console, "scores of structures", *scores(findings.reports[-1].scores))
     if findings.evaluations:
         _print(console, "evaluation", *evaluation(findings.evaluations))
     for stage in findings.stages:

@@ -8,6 +8,7 @@ from typing import Any
 from graphprune.errors import GraphPruneError
 from graphprune.io.checked_json import of_kind, take
 from graphprune.ir.plan import Plan
+from graphprune.ir.score_spread import QUANTILES, ScoreSpread
 from graphprune.reporting import Report
 from graphprune.trace.provenance import Attribute
 
@@ -64,6 +65,7 @@ def report_from_data(data: Any, where: str, history: list[Report], base_config: 
         calibration=_calibration(data.get("calibration"), f"{where}: calibration"),
         base_model=of_kind(data.get("base_model"), (str, type(None)), f"{where}: base_model"),
         training=_paths(data.get("training", []), f"{where}: training"),
+        scores=_scores(data.get("scores", {}), f"{where}: scores"),
     )
 
 
@@ -80,8 +82,22 @@ def _told(report: Report) -> dict[str, Any]:
         "calibration": list(report.calibration or ()),
         "base_model": report.base_model,
         "training": report.training,
+        "scores": {name: {"kept": list(one.kept), "removed": list(one.removed)} for name, one in report.scores.items()},
     }
     return {name: value for name, value in told.items() if value}
+
+
+def _scores(items: Any, where: str) -> dict[str, ScoreSpread]:
+    found = {}
+    for name, item in of_kind(items, dict, where).items():
+        of_kind(item, dict, f"{where}: {name!r}")
+        kept, removed = (take(item, which, list, f"{where}: {name!r}") for which in ("kept", "removed"))
+        for values in (kept, removed):
+            if len(values) not in (0, len(QUANTILES)):
+                raise GraphPruneError(f"{where}: {name!r} needs {len(QUANTILES)} numbers, and has {len(values)}.")
+        numbers = [[float(of_kind(value, _NUMBER, where)) for value in values] for values in (kept, removed)]
+        found[name] = ScoreSpread(*map(tuple, numbers))
+    return found
 
 
 def _calibration(pair: Any, where: str) -> tuple[int, int | None] | None:

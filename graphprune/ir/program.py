@@ -12,6 +12,7 @@ from torch import fx, nn
 from graphprune.ir.axes import Axis, describe, find
 from graphprune.ir.knowledge import Knowledge
 from graphprune.ir.plan import Plan
+from graphprune.ir.score_spread import ScoreSpread
 from graphprune.ir.selection import Kept, Selection
 from graphprune.ir.sizes import Polynomial
 from graphprune.rules.registry import Dims, Facts
@@ -152,7 +153,8 @@ class Program:
     Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
     together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
     ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
-    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in.
+    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in. ``spreads`` are
+    those of a plan that was kept, whose ``scores`` are not.
     """
 
     model: nn.Module
@@ -173,6 +175,7 @@ class Program:
     batches: list[dict[str, Any]] | None = None
     knowledge: Knowledge | None = None
     scores: dict[str, torch.Tensor] | None = None
+    spreads: dict[str, ScoreSpread] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None
     pruned: nn.Module | None = None

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from graphprune.io.fingerprint import fingerprint, of_batches
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
+from graphprune.ir.score_spread import ScoreSpread, score_spreads
 from graphprune.passes.base import Pass, run_passes
 from graphprune.streaming.partial import Partial
 from graphprune.streaming.spill import Spill
@@ -27,6 +28,7 @@ def kept_plan(how: tuple[Pass, ...], partial: Partial, stack: ExitStack) -> Pass
         if kept is not None:
             program.plan = Plan.from_dict(kept["plan"])
             program.skipped = kept["skipped"]
+            program.spreads = {name: ScoreSpread(*map(tuple, pair)) for name, pair in kept["spreads"].items()}
             program.prunable = [group for group in program.need("prunable") if group.name in kept["prunable"]]
             return
         program.spill = spill = stack.enter_context(closing(Spill(partial.scratch)))
@@ -35,6 +37,7 @@ def kept_plan(how: tuple[Pass, ...], partial: Partial, stack: ExitStack) -> Pass
             "plan": program.need("plan").to_dict(),
             "skipped": program.need("skipped"),
             "prunable": [group.name for group in program.need("prunable")],
+            "spreads": {name: (one.kept, one.removed) for name, one in score_spreads(program).items()},
         }
         partial.agree(fingerprint(json.dumps(found, sort_keys=True), spill.fingerprint, _changed(program)))
         if not program.updates and not program.new_biases:

@@ -72,7 +72,7 @@ def test_a_saved_folder_alone_and_files_from_elsewhere(run: Path) -> None:
     assert list(found.evaluations) == ["dense", "pruned"]
     assert found.knowledge is not None
     titles = to_html(collect(run / "pruned")).split("<h2>")[1:]
-    assert [title.partition("<")[0] for title in titles] == ["Size", "Widths", "Left alone", "Time"]
+    assert [title.partition("<")[0] for title in titles] == ["Size", "Widths", "Scores", "Left alone", "Time"]
 
 
 def test_the_terminal_is_plain_when_piped(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,11 +92,11 @@ def test_json_and_page_from_the_command(run: Path, tmp_path: Path, capsys: pytes
     assert data["evaluations"]["pruned"]["perplexity"] == {"128": "inf"}
     text = page.read_text(encoding="utf-8")
     sections = [part.partition("<")[0] for part in text.split("<h2>")[1:]]
-    recovery = "Recovery: pretraining"
-    assert sections == ["Size", "Widths", "Evaluation", recovery, "Knowledge distribution", "Left alone", "Time"]
+    recovery, more = "Recovery: pretraining", ["Knowledge distribution", "Left alone", "Time"]
+    assert sections == ["Size", "Widths", "Scores", "Evaluation", recovery, *more]
     assert "<img" not in text
     assert "<script" not in text
-    assert text.count("<polyline") == 2 + 2 + 1 + 1
+    assert text.count("<polyline") == 5 * 2 + 2 + 2 + 1 + 1
     assert main(["report", str(run), "-o", str(tmp_path / "report.pdf")]) == 1
     assert "must end in .html" in capsys.readouterr().err
 
