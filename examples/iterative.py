@@ -44,7 +44,7 @@ def main() -> None:
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     teacher, dense = mlp(16).requires_grad_(False), mlp(96)
-    print(f"dense: loss {train(dense, teacher, 3 * steps):.4f}")
+    print(f"dense: loss {train(dense, teacher, 3 * steps):.1e}")
 
     small = dense
     for turn in range(3):
@@ -52,15 +52,15 @@ def main() -> None:
         before = train(small, teacher, 0)
         after = train(small, teacher, steps, seed=turn)
         count = sum(p.numel() for p in small.parameters())
-        print(f"turn {turn + 1}: {count:,} parameters, loss {before:.4f}, trained {after:.4f}")
+        print(f"turn {turn + 1}: {count:,} parameters, loss {before:.1e}, trained {after:.1e}")
     print(f"pruned {len(graphprune.report(small).history) + 1} times")
 
     once = graphprune.compile(dense, 1 - 0.6**3, method="l1", example_inputs=INPUTS)
     print(
-        f"at once: {graphprune.report(once).parameters_after:,} parameters, loss {train(once, teacher, 0):.4f}, ",
+        f"at once: {graphprune.report(once).parameters_after:,} parameters, loss {train(once, teacher, 0):.1e}, ",
         end="",
     )
-    print(f"trained as long {train(once, teacher, 3 * steps):.4f}")
+    print(f"trained as long {train(once, teacher, 3 * steps):.1e}")
 
 
 if __name__ == "__main__":

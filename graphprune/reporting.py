@@ -48,8 +48,7 @@ class Report:
         calibration: (rows, tokens per row or None) that ran through the model; None if none did.
         base_model: the name on the hub of the model that was pruned first, if it came from there.
         training: what was trained after pruning, a sentence for each.
-        scores: node group → how the scores of what was kept and of what was removed lie. Empty for a replayed plan,
-            and for methods that choose while they run.
+        scores: node group → how the scores of what was kept and of what was removed lie. Empty for a replayed plan.
     """
 
     parameters_before: int

@@ -24,10 +24,13 @@ class Cut(Protocol):
     def see(self, seen: torch.Tensor) -> None:
         """``seen`` has shape ``(count, rows, columns)``, in the dtype of the matrices."""
 
-    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
-        """Remove ``count`` of ``blocks``, int64 of shape ``(blocks, columns in each)``; their numbers, int64.
+    def choose(
+        self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove ``count`` of ``blocks``, int64 of shape ``(blocks, columns in each)``.
 
-        ``times``, of shape ``(blocks,)``, is what their importance is multiplied by.
+        Returns their numbers, int64, and the importance of all before anything was removed, of shape ``(blocks,)``; it
+        is multiplied by ``times``, of the same shape.
         """
 
     def remove(self, columns: torch.Tensor) -> None:
@@ -55,7 +58,9 @@ class ObsCut:
             seen = torch.where((lengths > most) & (most > 0), seen * (most / lengths), seen)
         self._hessian.baddbmm_(seen.mT, seen)
 
-    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
+    def choose(
+        self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if blocks.shape[1] > 1:
             groups = [1] * count
         else:
@@ -91,15 +96,17 @@ class MomentCut:
         self._total += seen.sum(1, dtype=seen.dtype)
         self._squares += torch.linalg.vector_norm(seen, dim=1).double().square()
 
-    def choose(self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None) -> torch.Tensor:
+    def choose(
+        self, blocks: torch.Tensor, count: int, times: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not bool(torch.isfinite(self._squares).all()):
             raise GraphPruneError("the activations hold NaN or infinite values, or overflow")
         squares = self._squares / self._count if self._count else torch.ones_like(self._squares)
         importance = self._importance(self.weight, self._mean(), squares.to(self.weight.dtype)).sum(0)
-        of_blocks = importance[blocks].sum(1)
-        gone = (of_blocks if times is None else of_blocks * times).topk(count, largest=False).indices
+        of_blocks = importance[blocks].sum(1) * (1 if times is None else times)
+        gone = of_blocks.topk(count, largest=False).indices
         self.remove(blocks[gone].flatten())
-        return gone
+        return gone, of_blocks
 
     def remove(self, columns: torch.Tensor) -> None:
         if self.offset is not None:

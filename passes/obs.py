@@ -93,24 +93,29 @@ def fixed_groups(count: int, size: int) -> list[int]:
 
 def choose(
     surgeon: Surgeon, blocks: torch.Tensor, groups: list[int], times: torch.Tensor | None = None, *, anew: bool = True
-) -> torch.Tensor:
-    """Remove the cheapest blocks, ``groups`` at a time, costs computed again in between; their numbers, int64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remove the cheapest blocks, ``groups`` at a time, costs computed again in between.
 
-    Costs are multiplied by ``times``, of shape ``(blocks,)``. Not ``anew``, all are chosen by their first costs, with
-    columns taken for independent.
+    Returns their numbers, int64, and what each of all would have cost at first, of shape ``(blocks,)``. Costs are
+    multiplied by ``times``, of the same shape. Not ``anew``, all are chosen by their first costs, with columns taken
+    for independent.
     """
     left = torch.arange(len(blocks), device=blocks.device)
     times = surgeon.weight.new_ones(len(blocks)) if times is None else times
     if not anew:
-        gone = (times * surgeon.costs(blocks, within=False)).topk(sum(groups), largest=False).indices
+        costs = times * surgeon.costs(blocks, within=False)
+        gone = costs.topk(sum(groups), largest=False).indices
         surgeon.remove(blocks[gone].flatten())
-        return gone
-    taken = []
+        return gone, costs
+    first = costs = times * surgeon.costs(blocks)
+    taken: list[torch.Tensor] = []
     for size in groups:
-        cheapest = (times[left] * surgeon.costs(blocks[left])).topk(size, largest=False).indices
+        if taken:
+            costs = times[left] * surgeon.costs(blocks[left])
+        cheapest = costs.topk(size, largest=False).indices
         taken.append(left[cheapest])
         surgeon.remove(blocks[taken[-1]].flatten())
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[cheapest] = False
         left = left[stays]
-    return torch.cat(taken)
+    return torch.cat(taken), first

@@ -74,7 +74,8 @@ def _in_order(make: MakeCut, otherwise: str, bias: bool = False, times: str | No
     def run(program: Program) -> None:
         operation = _Operation(program, make, bias, scores_of(program, times, _losing(program)) if times else {})
         operation.run(calibration_batches(program))
-        _by_scores(program, operation.removed, otherwise)
+        _by_scores(program, operation, otherwise)
+        program.chosen_by = operation.scores
         make_plan(program, operation.removed)
         operation.hand_over()
 
@@ -86,13 +87,14 @@ def _losing(program: Program) -> list[NodeGroup]:
     return [group for group in program.need("prunable") if program.need("counts").get(group.name)]
 
 
-def _by_scores(program: Program, removed: dict[str, torch.Tensor], criterion: str) -> None:
-    """Add to ``removed`` what goes of the groups that are not in it yet, by their scores."""
+def _by_scores(program: Program, operation: _Operation, criterion: str) -> None:
+    """Add what goes of the groups that ``operation`` removed nothing of, by their scores."""
     for name in (criterion, "l2"):
-        left = [group for group in _losing(program) if group.name not in removed]
+        left = [group for group in _losing(program) if group.name not in operation.removed]
         scores = scores_of(program, name, left) if left else {}
+        operation.scores |= scores
         for group, values in scores.items():
-            removed[group] = in_order(values)[1][..., : program.need("counts")[group]]
+            operation.removed[group] = in_order(values)[1][..., : program.need("counts")[group]]
 
 
 @dataclass
@@ -123,6 +125,7 @@ class _Operation:
     bias: bool
     times: dict[str, torch.Tensor]
     removed: dict[str, torch.Tensor] = field(default_factory=dict)
+    scores: dict[str, torch.Tensor] = field(default_factory=dict)
     _sites: dict[int, _Site] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -220,7 +223,8 @@ class _Operation:
                 else:
                     count, times = self.program.need("counts")[group.name], self.times.get(group.name)
                     times = None if times is None else times.to(cut.weight)
-                    self.removed[group.name] = cut.choose(blocks, count, times).cpu()
+                    gone_by, scores = cut.choose(blocks, count, times)
+                    self.removed[group.name], self.scores[group.name] = gone_by.cpu(), scores.cpu()
             except GraphPruneError as error:
                 raise GraphPruneError(f"{site.name} cannot be pruned: {error}. Nothing was changed.") from None
             gone[blocks[self.removed[group.name].to(blocks.device)].flatten()] = True

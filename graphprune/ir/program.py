@@ -153,8 +153,8 @@ class Program:
     Only with ``deploy``: ``fields`` are what the fields of the config say, ``classes`` the groups that must shrink
     together for the config to say it, each with how many of its indices go in one step, ``stated`` the new config, and
     ``unsaid`` the groups that are left alone because no field says their size, with the reasons.
-    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in. ``spreads`` are
-    those of a plan that was kept, whose ``scores`` are not.
+    ``spill``, for a model whose weights are on disk, writes a tensor there and returns its stand-in. ``chosen_by``
+    are scores of a pass that makes them as it prunes; ``spreads`` those of a plan that was kept.
     """
 
     model: nn.Module
@@ -175,6 +175,7 @@ class Program:
     batches: list[dict[str, Any]] | None = None
     knowledge: Knowledge | None = None
     scores: dict[str, torch.Tensor] | None = None
+    chosen_by: dict[str, torch.Tensor] = field(default_factory=dict)
     spreads: dict[str, ScoreSpread] | None = None
     counts: dict[str, int] | None = None
     plan: Plan | None = None

@@ -27,12 +27,13 @@ class ScoreSpread:
 def score_spreads(program: Program) -> dict[str, ScoreSpread]:
     """Name of a group → the spread of its scores, in the order of the model; only of groups that have finite scores.
 
-    Methods that choose while they run, such as SlimGPT, leave none. Of a plan that was kept they are as they were then.
+    Of methods that choose again and again, such as SlimGPT, they are the first. Those of a plan that was kept are as
+    they were then.
     """
     if program.spreads is not None:
         return program.spreads
     plan, found = program.need("plan"), {}
-    for name, scores in (program.scores or {}).items():
+    for name, scores in ((program.scores or {}) | program.chosen_by).items():
         values = np.atleast_2d(scores.detach().double().cpu().numpy())
         stays = np.ones(values.shape, dtype=bool)
         if name in plan.keep:

@@ -53,6 +53,20 @@ def test_a_ragged_axis_has_the_scores_of_all_its_rows() -> None:
         assert done.scores[name].removed[0] <= done.scores[name].kept[0]
 
 
+@pytest.mark.parametrize("method", ["ppm", "wanda-sp", "flap"])
+def test_methods_that_choose_in_order_tell_theirs(method: str) -> None:
+    done = graphprune.report(pruned(method))
+    assert done.widths.keys() <= done.scores.keys()
+    for name in done.widths:
+        assert done.scores[name].removed[-1] <= done.scores[name].kept[0]
+
+
+def test_of_costs_that_change_the_first_are_told() -> None:
+    done = graphprune.report(pruned("slimgpt"))
+    assert done.widths.keys() <= done.scores.keys()
+    assert all(done.scores[name].removed[0] <= done.scores[name].kept[0] for name in done.widths)
+
+
 def test_a_replayed_plan_has_none() -> None:
     plan = graphprune.report(pruned()).plan
     assert graphprune.report(graphprune.compile(toy(), plan=plan, example_inputs=X)).scores == {}

@@ -61,7 +61,7 @@ def test_costs_and_weights_are_those_of_least_squares(count: int) -> None:
 def test_one_at_a_time_finds_what_greedy_search_finds() -> None:
     weight, hessian = problem(1)
     surgeon = Surgeon(weight.clone(), hessian, DAMPING)
-    taken = choose(surgeon, torch.arange(12).view(6, 2), [1, 1, 1])
+    taken, _ = choose(surgeon, torch.arange(12).view(6, 2), [1, 1, 1])
     gone: list[int] = []
     for block in taken.tolist():
         left = [b for b in range(6) if b not in gone]
@@ -77,14 +77,14 @@ def test_first_costs_take_columns_for_independent() -> None:
     blocks = torch.arange(12).view(4, 3)
     inverse = torch.linalg.inv(damped(hessian))[0]
     simple = torch.stack([sum(weight[0, :, p].square().sum() / inverse[p, p] for p in block) for block in blocks])
-    taken = choose(Surgeon(weight.clone(), hessian, DAMPING), blocks, [1, 1], anew=False)
+    taken, _ = choose(Surgeon(weight.clone(), hessian, DAMPING), blocks, [1, 1], anew=False)
     assert set(taken.tolist()) == set(simple.topk(2, largest=False).indices.tolist())
 
 
 def test_dead_columns_go_first_and_an_unseen_matrix_goes_by_size() -> None:
     weight, hessian = problem(3)
     hessian[0, [2, 5]], hessian[0, :, [2, 5]] = 0, 0
-    taken = choose(Surgeon(weight.clone(), hessian, DAMPING), torch.arange(12).view(-1, 1), [2])
+    taken, _ = choose(Surgeon(weight.clone(), hessian, DAMPING), torch.arange(12).view(-1, 1), [2])
     assert set(taken.tolist()) == {2, 5}
     unseen = Surgeon(weight.clone(), torch.zeros_like(hessian), DAMPING)
     sizes = weight[0].square().sum(0)
