@@ -19,6 +19,13 @@ def starred(text: str) -> str:
     return _NUMBER.sub("*", text)
 
 
+def first_number(text: str) -> int:
+    """The first number inside the module paths of ``text``, such as 3 of ``layers.3.mlp``. It has one."""
+    found = _NUMBER.search(text)
+    assert found is not None, text
+    return int(found[0])
+
+
 def by_key(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:
     """``items`` in lists of equal key, in order of first appearance."""
     found: dict[Hashable, list[_T]] = {}

@@ -136,11 +136,12 @@ def _cell(cell: tuple[str, float] | None) -> str:
     return f'<td class="h{round(10 * min(1.0, max(0.0, share)))}">{html.escape(text)}</td>'
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str) -> str:
-    """A table of text, the first column naming its rows."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str, *, prose: bool = False) -> str:
+    """A table of numbers, or of ``prose``, which breaks into lines; the first column names its rows."""
     top = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
     body = "".join(map(_row, rows))
-    return _scrolled(f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>", title)
+    kind = ' class="text"' if prose else ""
+    return _scrolled(f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>", title)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from graphprune.folding import by_block, by_key, starred
+from graphprune.folding import by_block, by_key, first_number, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import SHOWN, changes, evaluation, fields, scores, shown_scores, skipped, timings
@@ -87,12 +87,13 @@ def _scores(findings: Findings) -> str:
             alone += alike
             continue
         series: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
-        for block, name in enumerate(alike):
+        across, places = _places(alike)
+        for place, name in zip(places, alike, strict=True):
             for title, value in shown_scores(found[name]).items():
-                series[title].append((block, value))
+                series[title].append((place, value))
         drawn = {title: points for title, points in series.items() if points}
         sizes = [abs(value) for points in drawn.values() for _, value in points if value]
-        chart = lines(drawn, across="block", up="score of a structure", linear_to=min(sizes, default=1.0))
+        chart = lines(drawn, across=across, up="score of a structure", linear_to=min(sizes, default=1.0))
         parts += [f"<h3>{html.escape(starred(alike[0]))}</h3>", chart]
     if alone:
         parts.append(
@@ -141,12 +142,13 @@ def _knowledge(knowledge: Knowledge) -> str:
         if len(alike) == 1:
             alone += alike
             continue
-        shown = [knowledge.shown(group) for group in alike]
+        across, places = _places([group.name for group in alike])
+        shown = list(zip(places, map(knowledge.shown, alike), strict=True))
         series = {
-            f"{ratio:.0%} masked": [(n, one[place]) for n, one in enumerate(shown)]
+            f"{ratio:.0%} masked": [(where, one[place]) for where, one in shown]
             for place, ratio in enumerate(knowledge.ratios)
         }
-        chart = lines(series, across="block", up=above, linear_to=typical if math.isfinite(typical) else 1.0)
+        chart = lines(series, across=across, up=above, linear_to=typical if math.isfinite(typical) else 1.0)
         parts += [f"<h3>{html.escape(starred(alike[0].name))}</h3>", chart]
     if alone:
         rows = [[group.name, *(f"{rise:,.4g}" for rise in knowledge.shown(group))] for group in alone]
@@ -155,9 +157,15 @@ def _knowledge(knowledge: Knowledge) -> str:
     return _paragraph(f"{knowledge.rows} rows of data.") + "".join(parts)
 
 
+def _places(names: list[str]) -> tuple[str, list[int]]:
+    """Where groups that differ only in numbers stand: at their blocks, or in a row where a block has several."""
+    blocks = [first_number(name) for name in names]
+    return ("block", blocks) if len(set(blocks)) == len(blocks) else ("group", list(range(len(names))))
+
+
 def _skipped(findings: Findings) -> str:
     rows = skipped(findings.reports)
-    return table(["node group", "reason"], rows, "left alone") if rows else ""
+    return table(["node group", "reason"], rows, "left alone", prose=True) if rows else ""
 
 
 def _seconds(findings: Findings) -> str:
