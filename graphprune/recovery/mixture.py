@@ -30,7 +30,7 @@ def within(weights: Weights, most: Mapping[str, float]) -> Weights:
 
     Where all may have less than everything together, they get more than their ``most``, in proportion to it.
     """
-    if sum(most.values()) <= 1:
+    if sum(most.values()) <= 1 + 1e-9:  # rounding apart, all are full then
         return {name: most[name] / sum(most.values()) for name in weights}
     full: Weights = {}
     while True:

@@ -20,6 +20,7 @@ from transformers import Trainer
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.data.corpus import Corpus
 from graphprune.passes.add_adapters import Adapters, add_adapters
 from graphprune.recovery.mixture import MixedRows, by_degradation
 from graphprune.recovery.recover import Recovered, recover_on
@@ -71,6 +72,16 @@ def test_losses_are_those_of_the_best_round(tmp_path: Path) -> None:
         counted = int((given["labels"][1:] != -100).sum())
         total, count = total + float(loss) * counted, count + counted
     assert stage.rounds[stage.best - 1].losses["source1"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["uniform", "dynamic"])
+def test_a_small_source_is_not_seen_ever_again(mixing: str, tmp_path: Path) -> None:
+    small, large = Corpus("small", False, Made(0, 3), Made(0, 8, 500), "small"), corpora()[1]
+    settings = Recovery(**{**QUICK, "mixing": mixing, "repeats": 2.0, "patience": 3})  # 36 rows in all, 6 of them small
+    found = recover_on(llama(1), [small, large], tmp_path, dense=llama(), settings=settings)
+    assert found.stages[0].rounds
+    for one in found.stages[0].rounds:
+        assert one.weights == pytest.approx({"small": 1 / 6, "source1": 5 / 6})
 
 
 class Stop(KeyboardInterrupt):
