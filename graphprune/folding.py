@@ -11,6 +11,7 @@ from graphprune.ir.program import NodeGroup
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.)")
 _BLOCK = re.compile(r"(.*?\d+)\.(.*)")  # up to the first number of the path is a block
+_NUMBERED = re.compile(r"(.*?)(\d+)")
 _T = TypeVar("_T")
 
 
@@ -47,6 +48,23 @@ def by_block(values: Mapping[str, _T]) -> tuple[list[str], list[tuple[str, list[
         columns[axis] = None
         rows.setdefault(block, {})[axis] = value
     return list(columns), [(block, [cells.get(c) for c in columns]) for block, cells in rows.items()]
+
+
+def joined(rows: list[tuple[str, list[_T]]]) -> list[tuple[str, list[_T]]]:
+    """Rows of :func:`by_block` in which blocks that follow one another and are alike share one: ``layers.3–20``."""
+    found: list[tuple[str, int, int, list[_T]]] = []  # path before the number, first and last number, cells
+    for block, cells in rows:
+        numbered = _NUMBERED.fullmatch(block)
+        path, number = numbered.groups() if numbered else (block, "-1")
+        if found and found[-1][0] == path and found[-1][2] + 1 == int(number) and found[-1][3] == cells:
+            found[-1] = (path, found[-1][1], int(number), cells)
+        else:
+            found.append((path, int(number), int(number), cells))
+    return [(_span(path, first, last), cells) for path, first, last, cells in found]
+
+
+def _span(path: str, first: int, last: int) -> str:
+    return path if first < 0 else f"{path}{first}" + (f"–{last}" if last > first else "")
 
 
 def common_name(names: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.folding import by_block
+from graphprune.folding import by_block, joined
 from graphprune.ir.plan import Plan
 from graphprune.ir.program import Program
 from graphprune.ir.score_spread import ScoreSpread, score_spreads
@@ -167,6 +167,6 @@ def widths_over_all(report: Report) -> dict[str, tuple[int, int]]:
 
 
 def widths_by_block(widths: dict[str, tuple[int, int]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """``widths`` as a table: the axes that occur in a block as columns, and a row of ``1536→1126`` per block."""
+    """``widths`` as a table: the axes that occur in a block as columns, rows of ``1536→1126`` for blocks."""
     columns, rows = by_block({name: f"{before}→{after}" for name, (before, after) in widths.items()})
-    return columns, [(block, [cell or "" for cell in cells]) for block, cells in rows]
+    return columns, [(blocks, [cell or "" for cell in cells]) for blocks, cells in joined(rows)]

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphprune.folding import by_block
+from graphprune.folding import by_block, joined
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import changes, evaluation, fields, scores, skipped, timings
 from graphprune.recovery.report import stage_table
@@ -26,7 +26,9 @@ def show(findings: Findings, console: Console | None = None) -> None:
             _print(console, "fields of the config", ["field", "before", "after"], rows)
     if findings.widths:
         columns, blocks = by_block(findings.widths)
-        _print(console, "widths", ["block", *columns], [[block, *map(_width, pairs)] for block, pairs in blocks])
+        _print(
+            console, "widths", ["block", *columns], [[block, *map(_width, pairs)] for block, pairs in joined(blocks)]
+        )
     if findings.reports and findings.reports[-1].scores:
         _print(console, "scores of structures", *scores(findings.reports[-1].scores))
     if findings.evaluations:
