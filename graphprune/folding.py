@@ -20,11 +20,13 @@ def starred(text: str) -> str:
     return _NUMBER.sub("*", text)
 
 
-def first_number(text: str) -> int:
-    """The first number inside the module paths of ``text``, such as 3 of ``layers.3.mlp``. It has one."""
-    found = _NUMBER.search(text)
-    assert found is not None, text
-    return int(found[0])
+def places(alike: list[str]) -> tuple[str, list[int]]:
+    """Where names that differ only in numbers stand: at their blocks (3 of ``layers.3.mlp``), or in a row where they
+    have no number or a block has several; and which of both it is.
+    """
+    found = [_NUMBER.search(name) for name in alike]
+    blocks = [int(match[0]) for match in found if match]
+    return ("block", blocks) if len(set(blocks)) == len(alike) else ("group", list(range(len(alike))))
 
 
 def by_key(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]:

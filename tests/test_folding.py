@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.folding import by_block, first_number, joined
+from graphprune.folding import by_block, joined, places
 from graphprune.reporting import widths_by_block
 
 
@@ -26,5 +26,7 @@ def test_widths_as_a_table() -> None:
     assert [block for block, _ in by_block(widths)[1]] == [*(f"layers.{n}" for n in range(5)), ""]
 
 
-def test_the_number_of_a_block() -> None:
-    assert first_number("model.layers.12.mlp.3.weight[0]") == 12
+def test_where_groups_stand() -> None:
+    assert places(["layers.3.mlp.0.weight[0]", "layers.12.mlp.0.weight[0]"]) == ("block", [3, 12])
+    assert places(["layers.3.mlp.0.weight[0]", "layers.3.mlp.1.weight[0]"]) == ("group", [0, 1])
+    assert places(["head.weight[0]"]) == ("group", [0])

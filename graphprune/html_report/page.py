@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from graphprune.folding import by_block, by_key, first_number, starred
+from graphprune.folding import by_block, by_key, places, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import SHOWN, changes, evaluation, fields, scores, shown_scores, skipped, timings
@@ -87,8 +87,8 @@ def _scores(findings: Findings) -> str:
             alone += alike
             continue
         series: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
-        across, places = _places(alike)
-        for place, name in zip(places, alike, strict=True):
+        across, numbers = places(alike)
+        for place, name in zip(numbers, alike, strict=True):
             for title, value in shown_scores(found[name]).items():
                 series[title].append((place, value))
         drawn = {title: points for title, points in series.items() if points}
@@ -142,8 +142,8 @@ def _knowledge(knowledge: Knowledge) -> str:
         if len(alike) == 1:
             alone += alike
             continue
-        across, places = _places([group.name for group in alike])
-        shown = list(zip(places, map(knowledge.shown, alike), strict=True))
+        across, numbers = places([group.name for group in alike])
+        shown = list(zip(numbers, map(knowledge.shown, alike), strict=True))
         series = {
             f"{ratio:.0%} masked": [(where, one[place]) for where, one in shown]
             for place, ratio in enumerate(knowledge.ratios)
@@ -155,12 +155,6 @@ def _knowledge(knowledge: Knowledge) -> str:
         head = ["node group", *(f"+ at {ratio:.0%}" for ratio in knowledge.ratios)]
         parts.append(table(head, rows, "groups that are in one block only"))
     return _paragraph(f"{knowledge.rows} rows of data.") + "".join(parts)
-
-
-def _places(names: list[str]) -> tuple[str, list[int]]:
-    """Where groups that differ only in numbers stand: at their blocks, or in a row where a block has several."""
-    blocks = [first_number(name) for name in names]
-    return ("block", blocks) if len(set(blocks)) == len(blocks) else ("group", list(range(len(names))))
 
 
 def _skipped(findings: Findings) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphprune.folding import by_block, joined
+from graphprune.folding import by_block, by_key, joined, places, starred
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import changes, evaluation, fields, scores, skipped, timings
 from graphprune.recovery.report import stage_table
@@ -29,8 +29,11 @@ def show(findings: Findings, console: Console | None = None) -> None:
         _print(
             console, "widths", ["block", *columns], [[block, *map(_width, pairs)] for block, pairs in joined(blocks)]
         )
-    if findings.reports and findings.reports[-1].scores:
-        _print(console, "scores of structures", *scores(findings.reports[-1].scores))
+    found = findings.reports[-1].scores if findings.reports else {}
+    for alike in by_key(found, starred):
+        where, numbers = places(alike)
+        head, rows = scores({str(n): found[name] for n, name in zip(numbers, alike, strict=True)})
+        _print(console, f"scores of {starred(alike[0])}", [where, *head[1:]], rows)
     if findings.evaluations:
         _print(console, "evaluation", *evaluation(findings.evaluations))
     for stage in findings.stages:
