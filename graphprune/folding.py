@@ -54,19 +54,22 @@ def by_block(values: Mapping[str, _T]) -> tuple[list[str], list[tuple[str, list[
 
 def joined(rows: list[tuple[str, list[_T]]]) -> list[tuple[str, list[_T]]]:
     """Rows of :func:`by_block` in which blocks that follow one another and are alike share one: ``layers.3–20``."""
-    found: list[tuple[str, int, int, list[_T]]] = []  # path before the number, first and last number, cells
+    found: list[tuple[list[str], list[_T]]] = []
     for block, cells in rows:
-        numbered = _NUMBERED.fullmatch(block)
-        path, number = numbered.groups() if numbered else (block, "-1")
-        if found and found[-1][0] == path and found[-1][2] + 1 == int(number) and found[-1][3] == cells:
-            found[-1] = (path, found[-1][1], int(number), cells)
+        if found and found[-1][1] == cells and _follows(found[-1][0][-1], block):
+            found[-1][0].append(block)
         else:
-            found.append((path, int(number), int(number), cells))
-    return [(_span(path, first, last), cells) for path, first, last, cells in found]
+            found.append(([block], cells))
+    return [(_span(blocks), cells) for blocks, cells in found]
 
 
-def _span(path: str, first: int, last: int) -> str:
-    return path if first < 0 else f"{path}{first}" + (f"–{last}" if last > first else "")
+def _follows(before: str, block: str) -> bool:
+    one, other = _NUMBERED.fullmatch(before), _NUMBERED.fullmatch(block)
+    return one is not None and other is not None and (one[1], int(one[2]) + 1) == (other[1], int(other[2]))
+
+
+def _span(blocks: list[str]) -> str:
+    return blocks[0] if len(blocks) == 1 else f"{blocks[0]}–{blocks[-1].rpartition('.')[2]}"
 
 
 def common_name(names: list[str]) -> str:

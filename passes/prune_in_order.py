@@ -223,8 +223,8 @@ class _Operation:
                 else:
                     count, times = self.program.need("counts")[group.name], self.times.get(group.name)
                     times = None if times is None else times.to(cut.weight)
-                    gone_by, scores = cut.choose(blocks, count, times)
-                    self.removed[group.name], self.scores[group.name] = gone_by.cpu(), scores.cpu()
+                    taken, scores = cut.choose(blocks, count, times)
+                    self.removed[group.name], self.scores[group.name] = taken.cpu(), scores.cpu()
             except GraphPruneError as error:
                 raise GraphPruneError(f"{site.name} cannot be pruned: {error}. Nothing was changed.") from None
             gone[blocks[self.removed[group.name].to(blocks.device)].flatten()] = True

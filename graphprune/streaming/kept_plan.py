@@ -33,11 +33,12 @@ def kept_plan(how: tuple[Pass, ...], partial: Partial, stack: ExitStack) -> Pass
             return
         program.spill = spill = stack.enter_context(closing(Spill(partial.scratch)))
         run_passes(program, how)
+        program.spreads = score_spreads(program)
         found = {
             "plan": program.need("plan").to_dict(),
             "skipped": program.need("skipped"),
             "prunable": [group.name for group in program.need("prunable")],
-            "spreads": {name: (one.kept, one.removed) for name, one in score_spreads(program).items()},
+            "spreads": {name: (one.kept, one.removed) for name, one in program.spreads.items()},
         }
         partial.agree(fingerprint(json.dumps(found, sort_keys=True), spill.fingerprint, _changed(program)))
         if not program.updates and not program.new_biases:
