@@ -37,6 +37,12 @@ def by_key(items: Iterable[_T], key: Callable[[_T], Hashable]) -> list[list[_T]]
     return list(found.values())
 
 
+def in_blocks(items: Iterable[_T], name: Callable[[_T], str]) -> tuple[list[list[_T]], list[_T]]:
+    """Lists of items whose names differ only in their block numbers, and the items that no other is like."""
+    found = by_key(items, lambda item: starred(name(item)))
+    return [alike for alike in found if len(alike) > 1], [alike[0] for alike in found if len(alike) == 1]
+
+
 def by_block(values: Mapping[str, _T]) -> tuple[list[str], list[tuple[str, list[_T | None]]]]:
     """Numbered blocks as a table: what they have as columns, and rows of a block and its value in every column.
 

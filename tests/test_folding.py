@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.folding import by_block, joined, places
+from graphprune.folding import by_block, in_blocks, joined, places
 from graphprune.reporting import widths_by_block
 
 
@@ -30,3 +30,8 @@ def test_where_groups_stand() -> None:
     assert places(["layers.3.mlp.0.weight[0]", "layers.12.mlp.0.weight[0]"]) == ("block", [3, 12])
     assert places(["layers.3.mlp.0.weight[0]", "layers.3.mlp.1.weight[0]"]) == ("group", [0, 1])
     assert places(["head.weight[0]"]) == ("group", [0])
+
+
+def test_what_repeats_from_block_to_block_apart_from_what_does_not() -> None:
+    names = ["layers.0.up", "layers.1.up", "head", "layers.0.down"]
+    assert in_blocks(names, str) == ([["layers.0.up", "layers.1.up"]], ["head", "layers.0.down"])

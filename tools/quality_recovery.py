@@ -26,10 +26,10 @@ from graphprune.data.corpus import prepare
 from graphprune.data.sources import sources_of
 from graphprune.io.fingerprint import fingerprint, of_batches, of_model
 from graphprune.passes.add_adapters import Adapters
-from graphprune.passes.methods import METHODS, passes_of
+from graphprune.passes.methods import passes_of
 from graphprune.passes.train_adapters import Training
-from graphprune.passes.train_lhspg import Lhspg, train_lhspg
-from graphprune.passes.train_loraprune import LoraPrune, train_loraprune
+from graphprune.passes.train_lhspg import Lhspg
+from graphprune.passes.train_loraprune import LoraPrune
 from graphprune.recovery.recover import recover_on
 from graphprune.recovery.run_folder import once
 from graphprune.recovery.settings import Recovery
@@ -116,10 +116,9 @@ def _passes(method: str, how: TrainBack, per_step: int, state: Path) -> tuple[An
     """The passes that prune, and how many tokens they train on; ``state`` is for what they have done so far."""
     if method == "lorashear":
         fading = replace(_FADING, training=replace(_FADING.training, checkpoint=state))
-        return (*METHODS["ppm"], train_lhspg(fading)), fading.steps * per_step
+        return passes_of(method, fading), fading.steps * per_step
     if method == "loraprune":
         steps = max(1, how.recover // 2 // per_step)
         training = Training(lr=how.lr, seed=how.seed, autocast=how.bf16, checkpoint=state)
-        settings = LoraPrune(steps=steps, training=training)
-        return (*METHODS["loraprune"][:-1], train_loraprune(settings)), steps * per_step
+        return passes_of(method, LoraPrune(steps=steps, training=training)), steps * per_step
     return passes_of(method), 0

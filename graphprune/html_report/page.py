@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from graphprune.folding import by_block, by_key, places, starred
+from graphprune.folding import by_block, in_blocks, places, starred
 from graphprune.html_report.charts import heat_map, lines, table
 from graphprune.html_report.findings import Findings
 from graphprune.html_report.tables import SHOWN, changes, evaluation, fields, scores, shown_scores, skipped, timings
@@ -81,11 +81,9 @@ def _widths(findings: Findings) -> str:
 def _scores(findings: Findings) -> str:
     """Of the last pruning: a chart for groups that differ only in their block's number, a table of all others."""
     found = findings.reports[-1].scores if findings.reports else {}
-    parts, alone = [], []
-    for alike in by_key(found, starred):
-        if len(alike) == 1:
-            alone += alike
-            continue
+    parts = []
+    repeated, alone = in_blocks(found, str)
+    for alike in repeated:
         series: dict[str, list[tuple[float, float]]] = {name: [] for name in SHOWN}
         across, numbers = places(alike)
         for place, name in zip(numbers, alike, strict=True):
@@ -137,11 +135,9 @@ def _knowledge(knowledge: Knowledge) -> str:
     above = f"{MEASURES[knowledge.measure]} above the dense model's, when the group alone is masked"
     rises = [abs(rise) for group in knowledge.groups for rise in knowledge.shown(group) if rise]
     typical = statistics.median(rises) if rises else 1.0  # linear up to there, logarithmic beyond
-    parts, alone = [], []
-    for alike in by_key(knowledge.groups, lambda group: starred(group.name)):
-        if len(alike) == 1:
-            alone += alike
-            continue
+    parts = []
+    repeated, alone = in_blocks(knowledge.groups, lambda group: group.name)
+    for alike in repeated:
         across, numbers = places([group.name for group in alike])
         shown = list(zip(numbers, map(knowledge.shown, alike), strict=True))
         series = {

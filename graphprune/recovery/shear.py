@@ -38,10 +38,10 @@ from graphprune.io.checked_json import read_json
 from graphprune.io.folder import load, save
 from graphprune.passes.analyze_knowledge import analyze_knowledge
 from graphprune.passes.base import Pass
-from graphprune.passes.methods import METHODS, passes_of
+from graphprune.passes.methods import passes_of
 from graphprune.passes.train_adapters import Training
-from graphprune.passes.train_lhspg import Lhspg, train_lhspg
-from graphprune.passes.train_loraprune import LoraPrune, train_loraprune
+from graphprune.passes.train_lhspg import Lhspg
+from graphprune.passes.train_loraprune import LoraPrune
 from graphprune.recovery.recover import Stage, recover_on
 from graphprune.recovery.report import write_report
 from graphprune.recovery.run_folder import belongs_to, once
@@ -210,12 +210,11 @@ class _Run:
         def kept(training: Training) -> Training:
             return replace(training, checkpoint=self.folder / _STATE, seed=what.seed)
 
-        if what.method == "lorashear":
-            how = (*METHODS["ppm"], train_lhspg(replace(what.lhspg, training=kept(what.lhspg.training))))
-        elif what.method == "loraprune":
-            how = (*METHODS["loraprune"][:-1], train_loraprune(LoraPrune(training=kept(Training()))))
-        else:
-            how = passes_of(what.method)
+        training = {
+            "lorashear": replace(what.lhspg, training=kept(what.lhspg.training)),
+            "loraprune": LoraPrune(training=kept(Training())),
+        }
+        how = passes_of(what.method, training.get(what.method))
         if what.unprunable_ratio:
             how = (analyze_knowledge(what.unprunable_ratio, cache=self.folder / "knowledge"), *how)
         return how

@@ -22,6 +22,7 @@ from graphprune.passes.adapted import Adapted
 from graphprune.passes.add_adapters import Adapters, training_pass
 from graphprune.passes.allocate_budget import allocate_budget
 from graphprune.passes.base import Pass
+from graphprune.passes.methods import passes_of
 from graphprune.passes.score import score_by
 from graphprune.passes.train_adapters import Nothing, Training, train
 from graphprune.passes.train_lhspg import HalfSpace, Lhspg, train_lhspg
@@ -399,3 +400,9 @@ def test_sharded_by_fsdp2(tmp_path: Path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_settings_of_training_are_for_methods_that_train() -> None:
+    assert len(passes_of("loraprune", LoraPrune(steps=2))) == len(passes_of("loraprune"))
+    with pytest.raises(GraphPruneError, match="'slimgpt' does not train: settings are for loraprune, lorashear"):
+        passes_of("slimgpt", LoraPrune(steps=2))
