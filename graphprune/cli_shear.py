@@ -210,12 +210,13 @@ def _recover(options: argparse.Namespace) -> None:
     output = Path(options.output)
     if output.exists():
         raise GraphPruneError(f"{output} exists already; give a folder that does not.")
+    run = output.with_name(f"{output.name}.run")
     model, tokenizer = _loaded(options.model, options)
     dense = _loaded(options.dense, options)[0] if options.dense else None
     with _progress(options) as say:
         found = recover(
             model,
-            output.with_name(f"{output.name}.run"),
+            run,
             data=_given(options.data),
             instruct=_given(options.instruct),
             tokenizer=tokenizer,
@@ -236,4 +237,4 @@ def _recover(options: argparse.Namespace) -> None:
     for stage in found.stages:
         first, best = stage.means[0], stage.means[stage.best]
         print(f"{stage.name}: mean validation loss {first:.4f} → {best:.4f} (round {stage.best})")
-    print(f"written to {output}")
+    print(f"written to {output}; {run} holds tokens, checkpoints and logs, and is no longer needed")
