@@ -92,8 +92,8 @@ def plot_mixing(stages: list[Stage], path: Path) -> None:
             losses.plot(range(len(found)), [loss - base for loss in found], "o-", markersize=4, label=name)
         losses.axvline(row.best, color="grey", linestyle=":", label="kept")
         shares.set(title=f"{row.name}: share of the round", xlabel="round", ylim=(0, None))
-        above = "validation loss" if row.dense is None else "validation loss above the full model's"
-        losses.set(title=f"{row.name}: {above}, nats per token", xlabel="after round")
+        above = "" if row.dense is None else "above the full model's, "
+        losses.set(title=f"{row.name}: validation loss", xlabel="after round", ylabel=f"{above}nats per token")
         for axes in (shares, losses):
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
