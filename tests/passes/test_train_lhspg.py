@@ -403,6 +403,11 @@ def test_sharded_by_fsdp2(tmp_path: Path) -> None:
 
 
 def test_settings_of_training_are_for_methods_that_train() -> None:
-    assert len(passes_of("loraprune", LoraPrune(steps=2))) == len(passes_of("loraprune"))
+    for method, settings in (("loraprune", LoraPrune(steps=2)), ("lorashear", Lhspg(warmup_steps=2))):
+        *before, last = passes_of(method, settings)
+        *usual, usually = passes_of(method)
+        assert before == usual
+        assert last.name == usually.name
+        assert last is not usually
     with pytest.raises(GraphPruneError, match="'slimgpt' does not train: settings are for loraprune, lorashear"):
         passes_of("slimgpt", LoraPrune(steps=2))
