@@ -115,7 +115,7 @@ def recovered(
 def _passes(method: str, how: TrainBack, per_step: int, state: Path) -> tuple[Any, int]:
     """The passes that prune, and how many tokens they train on; ``state`` is for what they have done so far."""
     if method == "lorashear":
-        fading = replace(_FADING, training=replace(_FADING.training, checkpoint=state))
+        fading = replace(_FADING, training=replace(_FADING.training, seed=how.seed, checkpoint=state))
         return passes_of(method, fading), fading.steps * per_step
     if method == "loraprune":
         steps = max(1, how.recover // 2 // per_step)
