@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from graphprune.deploy.stock import PER_LAYER, Path, Rows, Settings, Stock, at, changed, rows_of
+from graphprune.deploy.stock import PER_LAYER, Path, Rows, Settings, Stock, at, changed, rows_of, trying
 from graphprune.trace.provenance import Attribute
 
 Law = Callable[[int], float]
@@ -40,6 +40,7 @@ class Fields:
     slopes: dict[Path, Rows] = field(default_factory=dict)
 
 
+@trying()
 def find_fields(stock: Stock, attributes: list[Attribute]) -> Fields:
     """Probe every integer field of the config of ``stock``; ``attributes`` are what forward uses as sizes."""
     settings = stock.settings

@@ -10,7 +10,7 @@ import numpy as np
 
 from graphprune.deploy.classes import Sizes
 from graphprune.deploy.fields import Fields, name_of
-from graphprune.deploy.stock import PER_LAYER, STOCK_REFUSALS, Path, Rows, Settings, at, changed, rows_of
+from graphprune.deploy.stock import PER_LAYER, STOCK_REFUSALS, Path, Rows, Settings, at, changed, rows_of, trying
 from graphprune.errors import GraphPruneError
 from graphprune.ir.axes import Axis, find
 from graphprune.ir.program import Program
@@ -58,6 +58,7 @@ def can_say(program: Program, removed: dict[str, int]) -> bool:
     return True
 
 
+@trying()
 def _solved(program: Program, fields: Fields, wanted: Rows) -> Stated:
     attributes = list(program.need("attributes"))
     old = {path: at(fields.settings, path) for path in _independent(fields)}

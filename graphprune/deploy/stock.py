@@ -8,12 +8,15 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from transformers import PreTrainedConfig
 
 from graphprune.errors import GraphPruneError
 from graphprune.io.empty_model import class_in_transformers, without_weights
@@ -32,6 +35,8 @@ _LONGEST = 256
 
 # What a class raises of settings that it cannot be built from.
 STOCK_REFUSALS = (*REFUSALS, ArithmeticError, ImportError, StrictDataclassError)
+
+_TRYING: ContextVar[bool] = ContextVar("_TRYING", default=False)
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +88,7 @@ class Stock:
 
     def config(self, settings: Settings) -> Any:
         """The config that from_pretrained makes of settings."""
-        with _silent():
+        with trying():
             return self.config_kind.from_dict(copy.deepcopy(settings))
 
     def build(self, settings: Settings) -> nn.Module:
@@ -128,7 +133,7 @@ class Stock:
         return count if type(count) is int and hasattr(config, PER_LAYER) else 0
 
     def _from(self, config: Any) -> nn.Module:
-        with _silent():
+        with trying():
             return self.kind._from_config(config, dtype=self._dtype, **self._choices)
 
 
@@ -221,14 +226,21 @@ def _listening(kind: type, path: Path, asked: dict[Path, None]) -> type:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """No warnings about settings that are only tried."""
+def trying() -> Iterator[None]:
+    """No warnings about settings that are only tried, nor any time for the message that every config is logged with.
+
+    Entered around many tries, it is there for all of them: changing the level of a logger takes longer than a config.
+    """
+    if _TRYING.get():
+        yield
+        return
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, token = logger.level, _TRYING.set(True)
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), patch.object(PreTrainedConfig, "__repr__", object.__repr__):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        _TRYING.reset(token)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from functools import lru_cache
 from io import StringIO
 from itertools import count
 from typing import Any
@@ -48,11 +46,11 @@ from graphprune.trace.quiet import (
 )
 from graphprune.trace.reads import Reads, find_reads
 from graphprune.trace.skeleton import copy_structure, names
+from graphprune.trace.source_lines import base_name, frame_of, no_whole_stacks
 from graphprune.trace.writes import written_placeholders
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
-_LIBRARY = ("/torch/", "/graphprune/trace/", "/contextlib.py", "/torch\\")
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,9 @@ def module_path(node: fx.Node) -> str:
 
 def source_line(node: fx.Node) -> str:
     """``modeling_x.py:123 in forward (layers.0.mlp)``: where in the user's code ``node`` comes from."""
-    return f"{_innermost(node.meta.get('stack_trace') or '')} {module_path(node)}".strip()
-
-
-@lru_cache(maxsize=4096)
-def _innermost(stack_trace: str) -> str:
-    frames = _FRAME.findall(stack_trace)
-    own = [frame for frame in frames if not any(part in frame[0] for part in _LIBRARY)] or frames
-    return "{}:{}".format(own[-1][0].replace("\\", "/").rsplit("/", 1)[-1], own[-1][1]) if own else ""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    line = f"{base_name(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+    return f"{line} {module_path(node)}".strip()
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
@@ -290,7 +283,7 @@ def _refuse_shared_memory(model: nn.Module, written: set[str]) -> None:
 @contextmanager
 def _undisturbed(skeleton: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
-        for quiet in (without_autocast, unchecked_distributions, idle_conversions, einsum_as_written):
+        for quiet in (without_autocast, unchecked_distributions, idle_conversions, einsum_as_written, no_whole_stacks):
             stack.enter_context(quiet())
         with without_hooks(skeleton):
             yield
@@ -314,20 +307,13 @@ def _silence() -> Iterator[None]:
             log.setLevel(level)
 
 
-def _last_frame(error: Exception) -> traceback.FrameSummary | None:
-    """Where in the user's code an error was raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not any(p in f.filename for p in _LIBRARY)]
-    frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
-    return frames[-1] if frames else None
-
-
 def _line(error: Exception) -> str:
-    last = _last_frame(error)
-    return f"{last.filename.rsplit('/', 1)[-1]}:{last.lineno}: {last.line}" if last else type(error).__name__
+    last = frame_of(error)
+    return f"{base_name(last.filename)}:{last.lineno}: {last.line}" if last else type(error).__name__
 
 
 def _explain(model: nn.Module, error: Exception) -> GraphPruneError:
-    last = _last_frame(error)
+    last = frame_of(error)
     where = f"{last.filename}:{last.lineno} in {last.name}: {last.line}" if last else "unknown line"
     text = first_line(error)[:300]
     name = type(model).__name__

@@ -231,11 +231,9 @@ class Folder:
         call = len(self.repeats)
         self.repeats.append(Repeat(path, known.path, known.number, places))
         changed, outputs = [tensors[i] for i in places], list(known.outputs)
-        with fx_traceback.preserve_node_meta():  # gives current_meta back
-            fx_traceback.set_stack_trace([path])  # instead of the real one, which torch takes long to put together
-            for i, output in enumerate(outputs):
-                if isinstance(output, torch.Tensor):
-                    outputs[i] = torch.ops.graphprune.repeat.default(changed, output, call, i)
+        for i, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor):
+                outputs[i] = torch.ops.graphprune.repeat.default(changed, output, call, i)
         return tree_unflatten(outputs, known.spec)
 
     def _trace(

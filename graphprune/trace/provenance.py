@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ import torch.fx.traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from graphprune.trace.source_lines import on_line, place, running_frame
 
 
 @dataclass(frozen=True)
@@ -231,14 +233,6 @@ for _name, _symbol, _swap in (
 plain = int.__int__  # the value of a size, without asking for it as the model does
 
 
-def _caller() -> str:
-    """``file.py:123`` of the model code that is running, for messages."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back  # type: ignore[assignment]
-    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}" if frame else ""
-
-
 @dataclass
 class Call:
     """One torch call that was seen with sizes among its arguments."""
@@ -273,10 +267,12 @@ class SizeRecorder(TorchFunctionMode):
         self.escapes: list[Escape] = []
         self.in_forward = False  # the model's own code is running, so that a comparison is one of the model
         self._number = 0
+        self._outermost: CodeType | None = None  # what entered first, and calls the model
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __enter__(self) -> SizeRecorder:
         self.in_forward = True
+        self._outermost = self._outermost or sys._getframe(1).f_code
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
@@ -284,7 +280,7 @@ class SizeRecorder(TorchFunctionMode):
         super().__exit__(*exception)
 
     def tell(self, expr: Expr) -> None:
-        self.escapes.append(Escape(expr, _caller(), self.block()))
+        self.escapes.append(Escape(expr, place(running_frame(self._outermost)), self.block()))
 
     def know(self, tensor: torch.Tensor, name: str) -> None:
         """Name an input, parameter or buffer, so that its sizes are told from literals."""
@@ -318,7 +314,7 @@ class SizeRecorder(TorchFunctionMode):
         number = self._number
         self.in_forward = False
         try:
-            with fx_traceback.annotate({META_KEY: number}):
+            with fx_traceback.annotate({META_KEY: number}), on_line(running_frame(self._outermost)):
                 out = func(*args, **kwargs)
         finally:
             self.in_forward = True

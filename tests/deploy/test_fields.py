@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+from contextlib import suppress
+
 import pytest
 from models import CASES
+from transformers import LlamaConfig
 
 from graphprune.deploy.fields import _slope, find_fields
-from graphprune.deploy.stock import Row, Stock
+from graphprune.deploy.stock import Row, Stock, trying
 
 
 def test_slopes_of_a_grouped_query_model() -> None:
@@ -43,3 +48,19 @@ def test_a_field_without_a_value_has_the_one_it_amounts_to(name: str, field: str
 def test_slopes(value: int, now: float, seen: list[tuple[int, float]], slope: float | None) -> None:
     found = _slope(value, now, seen)
     assert found is None if slope is None else found == pytest.approx(slope)
+
+
+def test_what_is_tried_is_not_heard_of_and_nothing_of_that_stays(caplog: pytest.LogCaptureFixture) -> None:
+    logger, said = logging.getLogger("transformers"), repr(LlamaConfig())
+    caplog.set_level(logging.WARNING, logger.name)
+    with warnings.catch_warnings(), suppress(ValueError):
+        warnings.simplefilter("error")
+        with trying():
+            with trying():
+                pass
+            assert logger.level == logging.CRITICAL  # leaving the inner one ends nothing
+            assert repr(LlamaConfig()).startswith("<")
+            warnings.warn("this head_dim is strange", stacklevel=1)
+            raise ValueError("refused")
+    assert logger.level == logging.WARNING
+    assert repr(LlamaConfig()) == said
