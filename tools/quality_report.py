@@ -30,11 +30,13 @@ def _lines(board: Scoreboard, command: str, picture: str) -> Iterator[str]:
     measured = ", ".join(f"{_number(v)} at {n}" for n, v in dense[1]["perplexity"].items()) if dense else "not measured"
     text = f"the first {a.tokens:,} tokens of WikiText-2" if a.tokens else "WikiText-2"
     trained = f"then trains on {a.recover:,} tokens, each as its paper does" if a.recover else "nothing is trained"
+    shown = f"For every method the best of its settings, by perplexity at {a.lengths[0]}; the last table has them all."
+    if a.recover:
+        shown = "Shown is the mean of all seeds, with the least and the most of several; the last table has each."
     yield (
         f"{Path(a.model).name} in float32, on {', '.join(_devices(board)) or '–'}. Perplexity of {text} (raw test), "
         f"dense {measured}. Everyone removes the same share of all parameters and calibrates on the same {a.samples} × "
-        f"{a.length} tokens of C4; {trained}. For every method the best of its settings, by perplexity at "
-        f"{a.lengths[0]}; all of them are in the last table. {_versions()}."
+        f"{a.length} tokens of C4; {trained}. {shown} {_versions()}."
     )
     yield from ("", f"![Perplexity over the share of parameters removed]({picture})")
     for length in a.lengths:

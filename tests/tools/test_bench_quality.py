@@ -138,6 +138,7 @@ def test_recovery_has_settings_of_its_own(bench: ModuleType, given: list[str], m
     assert all(c.measures.keys() == {"lengths", "tokens", "tasks", "limit"} for c in runs.cells)
     out = Path(given[given.index("-o") + 1])
     assert "after recovery on 5,000 tokens" in out.read_text()
+    assert "mean of all seeds" in out.read_text()
     assert rows_of(out, "windows of 16 tokens")[1] == ["lorashear", "39.00 (38.00–40.00)"]
     assert rows_of(out, "average accuracy in %")[1] == ["lorashear", "**50.00 (50.00–50.00)**"]
     assert rows_of(out, "### 20%")[-1] == ["flap", "25.00", "75.00"]
@@ -198,6 +199,18 @@ def test_a_recovered_cell_is_measured(
         assert again["perplexity"] == found["perplexity"]
 
 
+@pytest.mark.parametrize("method", ["lorashear", "loraprune"])
+def test_what_trains_while_it_prunes_has_the_seed_of_the_cell(
+    load_tool: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    tool = load_tool("quality_recovery")
+    asked: list[Any] = []
+    monkeypatch.setattr(tool, "passes_of", lambda name, settings: asked.append(settings))
+    state = tmp_path / "state"
+    tool._passes(method, tool.TrainBack(recover=1000, seed=7), 100, state)
+    assert [(one.training.seed, one.training.checkpoint) for one in asked] == [(7, state)]
+
+
 def test_it_goes_on_where_it_was_stopped(bench: ModuleType, given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped_at_the_third(cell: Any) -> dict:
         if len(runs.cells) == 3:
@@ -237,6 +250,7 @@ def test_the_tables(bench: ModuleType, given: list[str], monkeypatch: pytest.Mon
     text = out.read_text()
     assert "--ratios 0.2 0.5" in text  # the command
     assert "dense 15.00 at 16, 7.50 at 32" in text
+    assert "the best of its settings, by perplexity at 16" in text
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
