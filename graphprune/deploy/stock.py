@@ -22,7 +22,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.io.empty_model import class_in_transformers, without_weights
 from graphprune.io.stored_config import read_settings
 from graphprune.trace.provenance import Attribute, get_attribute
-from graphprune.trace.quiet import REFUSALS
+from graphprune.trace.quiet import REFUSALS, log_level
 
 # Keys from the config inwards: ("vision_config", "hidden_size"), ("hidden_sizes", 2), and, in a config that may say
 # other things of every layer, ("per_layer_config", "3", "num_attention_heads").
@@ -234,13 +234,14 @@ def trying() -> Iterator[None]:
     if _TRYING.get():
         yield
         return
-    logger = logging.getLogger("transformers")
-    level, token = logger.level, _TRYING.set(True)
-    logger.setLevel(logging.CRITICAL)
+    token = _TRYING.set(True)
     try:
-        with warnings.catch_warnings(), patch.object(PreTrainedConfig, "__repr__", object.__repr__):
+        with (
+            log_level(logging.CRITICAL, "transformers"),
+            warnings.catch_warnings(),
+            patch.object(PreTrainedConfig, "__repr__", object.__repr__),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
         _TRYING.reset(token)

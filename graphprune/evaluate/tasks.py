@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.trace.quiet import eval_mode
+from graphprune.trace.quiet import eval_mode, log_level
 
 Scores = dict[str, dict[str, float]]
 
@@ -144,14 +144,8 @@ def _matches(manager: Any, name: str) -> list[str]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """lm-eval's warnings are not shown, and what it prints goes to standard error."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logger.setLevel(level)
+    with log_level(logging.ERROR, "lm_eval"), contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -40,17 +39,17 @@ from graphprune.trace.provenance import (
 from graphprune.trace.quiet import (
     einsum_as_written,
     idle_conversions,
+    log_level,
     unchecked_distributions,
     without_autocast,
     without_hooks,
 )
 from graphprune.trace.reads import Reads, find_reads
 from graphprune.trace.skeleton import copy_structure, names
-from graphprune.trace.source_lines import base_name, frame_of, no_whole_stacks
+from graphprune.trace.source_lines import base_name, frame_of, no_whole_stacks, place_in
 from graphprune.trace.writes import written_placeholders
 
 _ENTRY = "model"  # the name of the traced model inside _Entry; stripped from every path
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,8 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``modeling_x.py:123 in forward (layers.0.mlp)``: where in the user's code ``node`` comes from."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    line = f"{base_name(frames[-1][0])}:{frames[-1][1]}" if frames else ""
-    return f"{line} {module_path(node)}".strip()
+    """``modeling_x.py:123 layers.0.mlp``: where in the user's code ``node`` comes from."""
+    return f"{place_in(node.meta.get('stack_trace') or '')} {module_path(node)}".strip()
 
 
 def output_tensors(out: Any) -> list[torch.Tensor]:
@@ -292,19 +289,13 @@ def _undisturbed(skeleton: nn.Module) -> Iterator[None]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """torch.export prints the graph and logs guesses when it fails; the error that is raised says it better."""
-    logs = [
-        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
-    ]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+    with (
+        log_level(logging.CRITICAL, "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor"),
+        warnings.catch_warnings(),
+        redirect_stderr(StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _line(error: Exception) -> str:

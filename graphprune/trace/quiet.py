@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +26,19 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, state in training.items():
             module.training = state
+
+
+@contextmanager
+def log_level(level: int, *loggers: str) -> Iterator[None]:
+    """Loggers have this level inside, and their own again afterwards."""
+    before = {logger: logger.level for logger in map(logging.getLogger, loggers)}
+    try:
+        for logger in before:
+            logger.setLevel(level)
+        yield
+    finally:
+        for logger, own in before.items():
+            logger.setLevel(own)
 
 
 @contextmanager

@@ -28,12 +28,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from graphprune.trace.inputs import Inputs
 from graphprune.trace.quiet import REFUSALS, seeded, without_hooks
 from graphprune.trace.skeleton import names, scratch_copy
+from graphprune.trace.source_lines import is_library
 
 _T = torch.Tensor
 _READS: set[Any] = {_T.item, _T.tolist, _T.__bool__, _T.__int__, _T.__index__, _T.__float__, _T.equal, torch.equal}
 _SIZE = "size"  # a read that torch does by itself
 _LEAVES: set[Any] = {_T.numpy, _T.__array__}  # numbers that are out of sight then
-_ELSEWHERE = ("/torch/", "/graphprune/trace/", "/contextlib.py")
 # Functions that take sizes, which may be given as tensors of one number each, and their first argument that is one.
 _SIZED = {
     **dict.fromkeys(("view", "reshape", "expand", "repeat", "pad", "interpolate", "narrow", "__getitem__"), 1),
@@ -172,7 +172,7 @@ class _Reader(TorchFunctionMode):
         file, line = "", 0
         while frame is not None:
             code = frame.f_code
-            if not file and not any(part in code.co_filename for part in _ELSEWHERE):
+            if not file and not is_library(code.co_filename):
                 file, line = code.co_filename, frame.f_lineno
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module) and id(owner) in self._paths:

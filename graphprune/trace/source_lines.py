@@ -8,6 +8,7 @@ the time that a small model takes to compile. Only one frame of it is ever asked
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from unittest.mock import patch
 import torch.fx.config
 import torch.fx.traceback as fx_traceback
 
-_LIBRARY = ("/torch/", "/graphprune/trace/", "/contextlib.py", "/torch\\")
 _TRACING = ("/graphprune/trace/", "/contextlib.py")
+_LIBRARY = (*_TRACING, "/torch/", "/torch\\")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def running_frame(outermost: CodeType | None = None) -> FrameType | None:
     frame: FrameType | None = sys._getframe(1)
     library = None
     while frame is not None and frame.f_code is not outermost:
-        if not _is_in(frame.f_code.co_filename, _LIBRARY):
+        if not is_library(frame.f_code.co_filename):
             return frame
         if library is None and not _is_in(frame.f_code.co_filename, _TRACING):
             library = frame
@@ -63,11 +65,22 @@ def place(frame: FrameType | None) -> str:
     return f"{base_name(frame.f_code.co_filename)}:{frame.f_lineno}" if frame else ""
 
 
+def place_in(stack_trace: str) -> str:
+    """The same, of the innermost frame in what Python or :func:`on_line` writes of a stack."""
+    frames = _FRAME.findall(stack_trace)
+    return f"{base_name(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+
+
 def frame_of(error: Exception) -> traceback.FrameSummary | None:
     """Where in the user's code an error was raised."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_in(f.filename, _LIBRARY)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
     frames = [f for f in frames if "/transformers/utils/generic" not in f.filename]
     return frames[-1] if frames else None
+
+
+def is_library(path: str) -> bool:
+    """Whether a file is none of the model's own: torch, or what traces it."""
+    return _is_in(path, _LIBRARY)
 
 
 def base_name(path: str) -> str:
